@@ -3,8 +3,8 @@
 # The first of these that is Python 3.11 or newer. Another: make PYTHON=/path/to/python
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-# TORCH=installed uses the torch that this Python has, with its own CUDA, instead of fetching one.
-TORCH ?= fetched
+# TORCH=installed uses the torch that this Python has, with its own CUDA, instead of fetching one. It is remembered.
+TORCH ?= $(if $(wildcard .venv/.ready-installed),installed,fetched)
 BIN := .venv/bin
 READY := .venv/.ready-$(TORCH)
 HTML := _build/html
@@ -43,6 +43,7 @@ ifeq ($(TORCH),installed)
 	@$(PYTHON) -c 'import torch; print("Using the installed torch", torch.__version__)' || { echo "TORCH=installed, but $(PYTHON) cannot import torch." >&2; exit 1; }
 	@$(PYTHON) -m venv --system-site-packages .venv
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	@$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' >> .venv/constraints.txt
 else
 	@$(PYTHON) -m venv .venv
 	@cp constraints.txt .venv/constraints.txt
@@ -93,6 +94,14 @@ test-gpu: $(READY) ## run the tests that need a GPU
 .PHONY: bench
 bench: $(READY) ## measure on this machine
 	@$(BIN)/python tests/bench.py
+
+.PHONY: parity
+parity: $(READY) ## every combination of options against the loop, not only every pair (long)
+	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py
+
+.PHONY: cover
+cover: export ## draw the figure of the first page again
+	@$(BIN)/python -c 'from mha_book.figures import cover; cover().savefig("nbs/images/cover.svg", metadata={"Date": None})'
 
 .PHONY: wheel
 wheel: $(READY) ## build the package into dist/

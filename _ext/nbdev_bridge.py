@@ -60,11 +60,14 @@ def cell_tags(found: dict[str, str], body: str, flags: set[str]) -> list[str]:
         return key in found and found[key].lower() in values
 
     writes_package = bool(EXPORT_CALL.search(body))
+    folded = says("code-fold", "true", "show", "")
+    solution = found.get("code-summary", "").startswith("Solution")
     rules = {
         "remove-cell": "hide" in found or says("include", "false") or not body.strip() or writes_package,
         "remove-input": "hide_input" in found or says("echo", "false"),
         "remove-output": "hide_output" in found or says("output", "false"),
-        "hide-input": says("code-fold", "true", "show", ""),
+        "hide-input": folded and not solution,
+        "hide-cell": folded and solution,  # its output would give the answer away
         "remove-stderr": says("warning", "false"),
         "skip-execution": says("eval", "false") or bool(flags & found.keys()) or writes_package,
     }
@@ -80,7 +83,7 @@ def render_options(found: dict[str, str]) -> dict:
     if "fig-alt" in found:
         options["image"] = {"alt": found["fig-alt"]}
     if "code-summary" in found:
-        options["code_prompt_show"] = found["code-summary"]
+        options["code_prompt_show"] = options["code_prompt_hide"] = found["code-summary"]
     return options
 
 

@@ -46,7 +46,8 @@ def attention_weights(
 ) -> Float[Tensor, "b h n m"]:                 # one weight a query and key
     """The weights of attention, softmax(q kᵀ · scale + bias), in plain tensor algebra.
 
-    `mask` and `is_causal` both hold. A query that may look nowhere has weights 0. Raises as `check_inputs` does.
+    `mask` and `is_causal` both hold. A query that may look nowhere has weights 0.
+    Raises as `check_inputs` does.
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1.
     """
     check_inputs(q, k, k, mask, bias)
@@ -70,7 +71,8 @@ def attention(
 ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
     """Attention by its definition: the mean of the values, weighted by `attention_weights`.
 
-    Holds the whole b h n m matrix of weights. A query that may look nowhere gives 0. Raises as `check_inputs` does.
+    Holds the whole b h n m matrix of weights. A query that may look nowhere gives 0.
+    Raises as `check_inputs` does.
     Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1.
     """
     check_inputs(q, k, v, mask, bias, dropout_p)
@@ -94,15 +96,19 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bi
                  dropout_p: float = 0.0) -> None:
     """Refuse inputs of attention that do not fit together.
 
-    Raises ValueError for shapes, devices and ranges, TypeError for dtypes; the message names argument, values and a way out.
+    Raises ValueError for shapes, devices and ranges, TypeError for dtypes;
+    the message names argument, values and a way out.
     """
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"q, k, v need 4 axes, batch, heads, length, width; got {q.dim()}, {k.dim()}, {v.dim()}: one head is x[:, None]")
+        raise ValueError(f"q, k, v need 4 axes, batch, heads, length, width; "
+                         f"got {q.dim()}, {k.dim()}, {v.dim()}: one head is x[:, None]")
     _check_shapes(q.shape, k.shape, v.shape)
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"dtype differs: query {q.dtype}, key {k.dtype}, value {v.dtype}; convert with .to(q.dtype)")
+        raise TypeError(f"dtype differs: query {q.dtype}, key {k.dtype}, value {v.dtype}; "
+                        f"convert with .to(q.dtype)")
     if not q.device == k.device == v.device:
-        raise ValueError(f"device differs: query {q.device}, key {k.device}, value {v.device}; move with .to(q.device)")
+        raise ValueError(f"device differs: query {q.device}, key {k.device}, value {v.device}; "
+                         f"move with .to(q.device)")
     if mask is not None or bias is not None:
         _check_additions(mask, bias, (*q.shape[:3], k.shape[2]), q.device)
     if not 0.0 <= dropout_p < 1.0:
@@ -119,22 +125,28 @@ def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
     if k[1] != v[1]:
         raise ValueError(f"heads differ: key {k[1]}, value {v[1]}")
     if k[1] == 0 or q[1] % k[1]:
-        raise ValueError(f"{q[1]} query heads cannot share {k[1]} key-value heads: the second number (num_kv_heads) must divide the first")
+        raise ValueError(f"{q[1]} query heads cannot share {k[1]} key-value heads: "
+                         f"the second number (num_kv_heads) must divide the first")
 
 
-def _check_additions(mask: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_additions(mask: Tensor | None, bias: Tensor | None,
+                     shape: tuple[int, ...], device: torch.device) -> None:
     "`mask` and `bias` against the shape b h n m of the weights."
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}; it must be torch.bool, True = may look. Numbers to be added to the logits go to bias=")
+        raise TypeError(f"mask has dtype {mask.dtype}; it must be torch.bool, True = may look. "
+                        f"Numbers to be added to the logits go to bias=")
     if bias is not None and not bias.is_floating_point():
-        raise TypeError(f"bias has dtype {bias.dtype}; it is added to the logits and must be floating point. True = may look goes to mask=")
+        raise TypeError(f"bias has dtype {bias.dtype}; it is added to the logits and must be floating point. "
+                        f"True = may look goes to mask=")
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and extra.device != device:
             raise ValueError(f"device differs: query {device}, {name} {extra.device}; move with .to(q.device)")
         if extra is not None and not _broadcasts(extra.shape, shape):
             b, h, n, m = shape
-            raise ValueError(f"{name} of shape {tuple(extra.shape)} does not broadcast to batch, heads, queries, keys = {shape}; shapes that fit: "
-                             f"({m},), ({n}, {m}), ({h}, {n}, {m}), ({b}, 1, {n}, {m}); a mask of padding is ({b}, 1, 1, {m})")
+            raise ValueError(f"{name} of shape {tuple(extra.shape)} does not broadcast to "
+                             f"batch, heads, queries, keys = {shape}; "
+                             f"shapes that fit: ({m},), ({n}, {m}), ({h}, {n}, {m}), ({b}, 1, {n}, {m}); "
+                             f"a mask of padding is ({b}, 1, 1, {m})")
 
 
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
@@ -143,7 +155,9 @@ def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
 
 # %% ../nbs/01_single_head.ipynb #head
 class AttentionHead(nn.Module):
-    "One attention head: `x` is projected to a query, a key and a value, and each token gets a mixture of the values."
+    """One attention head: `x` is projected to a query, a key and a value,
+    and each token gets a mixture of the values.
+    """
 
     def __init__(
         self,
@@ -169,7 +183,9 @@ class AttentionHead(nn.Module):
 
 # %% ../nbs/01_single_head.ipynb #fused-mask
 def _one_mask(n: int, m: int, mask: Tensor | None, bias: Tensor | None, device: torch.device) -> Tensor | None:
-    "End-aligned causality, `mask` and `bias` as the one mask of rank 4 that torch's kernel takes (a mask of rank 3 costs it its fast path)."
+    """End-aligned causality, `mask` and `bias` as the one mask of rank 4 that torch's kernel takes
+    (a mask of rank 3 costs it its fast path).
+    """
     if n > 1:                                   # a single query at the end may look at every key
         mask = join_masks(mask, causal_mask(n, m, device))
     return _as_rank_4(mask, bias)
@@ -192,9 +208,11 @@ def fused_attend(
     scale: float | None = None,                # 1/sqrt(d) unless told
     dropout_p: float = 0.0,                    # share of the weights set to 0
 ) -> Float[Tensor, "b h n dv"]:                # the same as `attention`
-    """`attention` by torch's fused kernel, which never holds the n × m weights; a plain call is that kernel and nothing else.
+    """`attention` by torch's fused kernel, which never holds the n × m weights;
+    a plain call is that kernel and nothing else.
 
-    Raises as `check_inputs` does. Source: Dao et al. 2022, arXiv 2205.14135; `torch.nn.functional.scaled_dot_product_attention`.
+    Raises as `check_inputs` does.
+    Source: Dao et al. 2022, arXiv 2205.14135; `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_inputs(q, k, v, mask, bias, dropout_p)
     n, m = q.shape[2], k.shape[2]
@@ -202,5 +220,6 @@ def fused_attend(
         mask, is_causal = _one_mask(n, m, mask, bias, q.device), False
     elif mask is not None or bias is not None:
         mask = _as_rank_4(mask, bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1])

@@ -10,18 +10,19 @@ __all__ = ['SIZES', 'reference_attention', 'assert_as_exact', 'tie_heads', 'Rati
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 # %% ../nbs/91_testing.ipynb #sizes-code
-SIZES = SimpleNamespace(b=2, h=6, g=3, n=5, m=7, d=8, dv=9, e=20)  # batch, heads, groups, queries, keys, widths; all distinct
+# batch, heads, groups, queries, keys, widths; all distinct
+SIZES = SimpleNamespace(b=2, h=6, g=3, n=5, m=7, d=8, dv=9, e=20)
 
 # %% ../nbs/91_testing.ipynb #sees
 def _sees(
@@ -73,7 +74,10 @@ def reference_attention(
     softcap: float | None = None,          # bounds the scaled logits, before bias and mask
     sinks: Float[Tensor, "h"] | None = None,    # a logit per head, in the denominator only
 ) -> Float[Tensor, "b h n dv"]:            # float64, on the CPU
-    "Attention by its definition: a loop over batch, head, query and key, in float64 on the CPU. Slow, and differentiable."
+    """Attention by its definition: a loop over batch, head, query and key, in float64 on the CPU.
+
+    Slow, and differentiable.
+    """
     def there(t): return None if t is None else t.to("cpu", torch.float64)
     q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
@@ -86,7 +90,8 @@ def reference_attention(
         seen = [j for j in range(m) if grid[s, a, i, j] and _sees(m - n + i, j, is_causal, window)]
         extra = None if bias is None else bias[s, a, i, seen]
         group = a // (h // g)
-        return _mix(q[s, a, i], k[s, group, seen], v[s, group, seen], extra, scale, softcap, None if sinks is None else sinks[a])
+        sink = None if sinks is None else sinks[a]
+        return _mix(q[s, a, i], k[s, group, seen], v[s, group, seen], extra, scale, softcap, sink)
 
     rows = [one(s, a, i) for s in range(b) for a in range(h) for i in range(n)]
     return torch.stack(rows).view(b, h, n, -1)
@@ -126,7 +131,7 @@ def tie_heads(
 # %% ../nbs/91_testing.ipynb #ratio-code
 @dataclass(frozen=True)
 class Ratio:
-    "How long something takes, as a multiple of the base: the median of the rounds, and the middle half of them."
+    "How long something takes, as a multiple of the base: median of the rounds, and the middle half of them."
     median: float   # of (its time) / (the base's time in the same round)
     low: float      # lower quartile
     high: float     # upper quartile
@@ -152,7 +157,10 @@ def time_ratios(
     torch.set_num_threads(1)
     try:
         base, *_ = calls
-        often = {name: max(1, math.ceil(min_seconds / max(_cpu_seconds(call, 2), 1e-7))) for name, call in calls.items()}
+        often = {
+            name: max(1, math.ceil(min_seconds / max(_cpu_seconds(call, 2), 1e-7)))
+            for name, call in calls.items()
+        }
         seconds = {name: [] for name in [*calls, "again"]}
         for _ in range(rounds):
             for name, call in [*calls.items(), ("again", calls[base])]:
@@ -192,8 +200,11 @@ def _allocations(events) -> list[tuple[int, int, int]]:
 
 # %% ../nbs/91_testing.ipynb #peak-code
 def peak_bytes(call: Callable[[], object]) -> int:
-    "The most bytes that `call` holds at one moment, beyond what was there before it (CPU memory, by torch's profiler)."
-    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    """The most bytes that `call` holds at one moment, beyond what was there before it
+    (CPU memory, by torch's profiler).
+    """
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
         kept = call()  # noqa: F841  keeps the result alive, so that it counts
     held, peak = {}, 0
     for _, address, size in _allocations(prof.profiler.kineto_results.experimental_event_tree()):
@@ -218,5 +229,6 @@ def refuse_nonfinite(
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
             bad = (~value.isfinite()).nonzero()
             first = tuple(bad[0].tolist())
-            raise ValueError(f"input {name!r} of {type(module).__name__} holds {value[first].item()} at index {first}; "
-                             f"{len(bad)} of {value.numel()} numbers are not finite")
+            raise ValueError(
+                f"input {name!r} of {type(module).__name__} holds {value[first].item()} at index {first}; "
+                f"{len(bad)} of {value.numel()} numbers are not finite")

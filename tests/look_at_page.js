@@ -1,0 +1,56 @@
+// Evaluated in an open page by test_book.py. Returns what a reader would trip over.
+async () => {
+  if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+  const article = document.querySelector("article") ?? document.body;
+  const all = (selector) => [...article.querySelectorAll(selector)];
+  const name = (element) => `${element.localName}.${element.className?.baseVal ?? element.className}: `
+    + (element.innerText ?? "").trim().slice(0, 60);
+
+  // Images without a text, or with a file name for one.
+  const withoutAlt = all("img").filter((image) => {
+    const alt = (image.getAttribute("alt") ?? "").trim();
+    return !alt || /\.(svg|png|jpe?g|gif)$/i.test(alt) || /^(\.\.\/)*_images/.test(alt);
+  }).map((image) => image.getAttribute("src"));
+
+  // Prose in which markup was left standing, and equations that MathJax could not read.
+  const markup = /\$\$|\\[([]|\\begin\{|#\s?\||\{(cite|ref|numref|eq|doc|term|prf:ref)[^}]*\}`/;
+  const prose = all("p, li, td, th, dd, dt, figcaption, h1, h2, h3, h4").filter((element) => {
+    const copy = element.cloneNode(true);
+    copy.querySelectorAll("code, pre, script, style, mjx-container, p, li").forEach((inner) => inner.remove());
+    return markup.test(copy.textContent);
+  });
+  const raw = [...prose, ...all("mjx-merror, [data-mjx-error]")].map(name);
+
+  // What reaches past the window and does not lie in a box that scrolls.
+  const scrolls = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
+  const inScroller = (element) => {
+    for (let e = element; e && e !== article; e = e.parentElement) if (scrolls(e)) return true;
+    return false;
+  };
+  const visible = (element) => element.checkVisibility() && element.getBoundingClientRect().width > 1;
+  const sticksOut = (element) => element.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+  const tooWide = all("*").filter((e) => sticksOut(e) && visible(e) && !inScroller(e.parentElement) && !scrolls(e)
+    && !e.closest("mjx-assistive-mml")).map(name);
+  const root = document.documentElement;
+  if (root.scrollWidth > root.clientWidth + 1 && !tooWide.length) tooWide.push(`the page: ${root.scrollWidth} px`);
+
+  // Figures are drawn in black: what lies behind them must be light.
+  const colour = (element) => getComputedStyle(element).backgroundColor.match(/[\d.]+/g).map(Number);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const [r, g, b, alpha = 1] = colour(e);
+      if (alpha > 0.9) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const linear = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+  const contrastWithBlack = ([r, g, b]) =>
+    (0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) + 0.05) / 0.05;
+  const darkOnDark = all("img").filter((image) => visible(image) && contrastWithBlack(behind(image)) < 7)
+    .map((image) => image.getAttribute("src"));
+
+  return {
+    without_alt: withoutAlt, raw, too_wide: tooWide, dark_on_dark: darkOnDark,
+    theme: root.dataset.theme ?? "", stamp: { ...article.querySelector(".stamp")?.dataset },
+  };
+}

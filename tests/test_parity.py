@@ -1,0 +1,128 @@
+"""Every implementation against the float64 loop, outputs and gradients, by the tolerance rule.
+
+Every pair of choices meets in some case. All combinations: `make parity` (about 20 minutes).
+"""
+import os
+
+import pytest
+import torch
+from pairs import every_pair, full_grid
+
+from mha_book import MultiHeadAttention, attention, fused_attend
+from mha_book.testing import SIZES, assert_as_exact, reference_attention
+
+s = SIZES
+CHOICES = {
+    "attend": [attention, fused_attend],
+    "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    "lengths": [(5, 7), (6, 6), (7, 5), (1, 7), (5, 1), (1, 1)],
+    "groups": [6, 3, 1],
+    "mask": ["none", "m", "n m", "h n m", "b 1 n m", "b 1 1 m", "nothing visible"],
+    "bias": ["none", "m", "h n m", "b h n m"],
+    "is_causal": [False, True],
+    "scale": [None, 0.2],
+    "values": ["d", "wider"],
+    "layout": ["contiguous", "tokens first"],
+}
+CASES = full_grid(CHOICES) if os.environ.get("MHA_FULL_GRID") else every_pair(CHOICES)
+
+
+def size_of(axes, n, m):
+    "The shape that a string such as 'b 1 n m' names."
+    return [{"b": s.b, "h": s.h, "n": n, "m": m, "1": 1}[axis] for axis in axes.split()]
+
+
+def inputs(case):
+    "q, k, v in float64, and the options, all rounded to the case's dtype so that the definition sees the same numbers."
+    n, m = case["lengths"]
+    dv = s.d if case["values"] == "d" else s.dv
+    shapes = (s.b, s.h, n, s.d), (s.b, case["groups"], m, s.d), (s.b, case["groups"], m, dv)
+    heads = [torch.randn(shape).to(case["dtype"]).double() for shape in shapes]
+    if case["layout"] == "tokens first":
+        heads = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in heads]
+    options = {"is_causal": case["is_causal"], "scale": case["scale"]}
+    if case["mask"] == "nothing visible":
+        options["mask"] = torch.zeros(n, m, dtype=torch.bool)
+    elif case["mask"] != "none":
+        options["mask"] = torch.rand(size_of(case["mask"], n, m)) < 0.6
+    if case["bias"] != "none":
+        options["bias"] = torch.randn(size_of(case["bias"], n, m)).to(case["dtype"]).double()
+    return heads, options
+
+
+def outcome(attend, heads, options, dtype, upstream):
+    "The output and the gradients of q, k, v and bias, computed in `dtype`."
+    heads = [t.to(dtype).requires_grad_() for t in heads]
+    bias = options.get("bias")
+    leaves = heads if bias is None else [*heads, bias.to(dtype).requires_grad_()]
+    options = options if bias is None else options | {"bias": leaves[-1]}
+    out = attend(*heads, **options)
+    if not out.requires_grad:                                 # nothing was visible, so the loop touched nothing
+        return [out, *map(torch.zeros_like, leaves)]
+    grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
+    return [out, *(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(getattr(v, "__name__", v)) for v in case.values()))
+def test_parity(case):
+    heads, options = inputs(case)
+    upstream = torch.randn(*heads[0].shape[:3], heads[2].shape[-1]).to(case["dtype"]).double()
+    exact = outcome(reference_attention, heads, options, torch.float64, upstream)
+    plain = outcome(attention, heads, options, case["dtype"], upstream)
+    got = outcome(case["attend"], heads, options, case["dtype"], upstream)
+    for i, (mine, true, simple) in enumerate(zip(got, exact, plain)):
+        magnitude = heads[2].abs().max() if i == 0 else true.abs().max()
+        assert mine.dtype == case["dtype"]
+        assert_as_exact(mine, true, simple, float(magnitude))
+
+
+def test_every_pair_is_covered():
+    cases = [{name: CHOICES[name].index(value) for name, value in case.items()} for case in every_pair(CHOICES)]
+    for a, values in CHOICES.items():
+        for b, others in CHOICES.items():
+            if a < b:
+                assert len({(case[a], case[b]) for case in cases}) == len(values) * len(others)
+
+
+LAYERS = {
+    "groups": [6, 3, 1], "context": ["none", "same width", "another width"], "bias": [True, False],
+    "norm": [None, torch.nn.RMSNorm], "is_causal": [False, True], "padding": [False, True], "dtype": [torch.float64, torch.float32],
+}
+
+
+@pytest.mark.parametrize("case", every_pair(LAYERS), ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_the_layer_is_projections_and_the_loop(case):
+    width = {"none": None, "same width": s.e, "another width": 11}[case["context"]]
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=case["groups"], head_dim=s.d, out_dim=13, bias=case["bias"], qk_norm=case["norm"],
+                               context_dim=width if width == 11 else None, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(s.b, s.n, s.e, dtype=torch.float64)
+    context = None if width is None else torch.randn(s.b, s.m, width, dtype=torch.float64)
+    tokens = x if context is None else context
+    padding = torch.arange(tokens.shape[1]) < torch.tensor([[3], [9]]) if case["padding"] else None
+    expected = by_hand(layer, x, tokens, padding, case["is_causal"])
+    layer = layer.to(case["dtype"])
+    got = layer(x.to(case["dtype"]), None if context is None else context.to(case["dtype"]), key_padding_mask=padding,
+                is_causal=case["is_causal"])
+    torch.testing.assert_close(got.double(), expected, atol=1e-12 if case["dtype"] == torch.float64 else 1e-4, rtol=0)
+
+
+def by_hand(layer, x, tokens, padding, is_causal):
+    "The layer's output in plain algebra: every head's own rows, one after the other, and the loop."
+    stacked = [p for p in (layer.in_proj, layer.context_proj) if p is not None]
+    rows = [row for p in stacked for row in p.weight]
+    biases = [b for p in stacked for b in (p.bias if p.bias is not None else torch.zeros(len(p.weight), dtype=x.dtype))]
+    def head(part, i, inputs):
+        chosen = range(len(rows))[layer.layout.rows(part, i)]
+        return torch.stack([inputs @ rows[r] + biases[r] for r in chosen], dim=-1)
+    h, g, d = layer.layout
+    q = torch.stack([head("q", i, x) for i in range(h)], dim=1)
+    k, v = (torch.stack([head(part, i, tokens) for i in range(g)], dim=1) for part in "kv")
+    if layer.q_norm is not None:
+        def normed(t, norm): return t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() * norm.weight
+        q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
+    mask = None if padding is None else padding[:, None, None]
+    y = reference_attention(q, k, v, mask=mask, is_causal=is_causal)
+    side_by_side = torch.cat([y[:, i] for i in range(h)], dim=-1)
+    return layer.out_proj(side_by_side)
