@@ -135,7 +135,7 @@ class StackedProjections(nn.Module):
         return torch.tensor([*self.layout], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        "Raises RuntimeError where the saved head counts are not this layer's; torch asks before it copies any weight of the layer."
+        "Raises RuntimeError where the saved head counts are not this layer's, before any weight is copied."
         saved, own = state.tolist(), [*self.layout]
         if saved != own:
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """The layer beside a minimal one and torch's own, with the same weights: `make bench`.
 
 CPU time, one thread, in turns. A ratio is the time relative to the minimal layer; the minimal layer's own line is the
-A/A band, the ratio of a thing to itself: a difference inside it is no difference. Another build on the machine ruins all.
+A/A band, the ratio of a thing to itself: a difference inside it is no difference. Leave the machine alone meanwhile.
 """
 import platform
 

@@ -15,7 +15,7 @@ def one_thread_and_one_seed():
 
 @pytest.fixture
 def own_messages():
-    "Switch shape checking off: tests of bad input test what the package itself says, which is all that a user's program sees."
+    "Shape checking off: tests of bad input test what the package itself says, which is all that a user's program sees."
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -14,7 +14,7 @@ def every_pair(choices: dict[str, list], seed: int = 0) -> list[dict]:
     cases = []
     while missing:
         a, i, b, j = min(missing)
-        tries = [{name: rng.randrange(len(values)) for name, values in choices.items()} | {a: i, b: j} for _ in range(50)]
+        tries = [{name: rng.randrange(len(choices[name])) for name in choices} | {a: i, b: j} for _ in range(50)]
         best = max(tries, key=lambda case: len(pairs_of(case) & missing))
         missing -= pairs_of(best)
         cases.append({name: choices[name][index] for name, index in best.items()})

@@ -1,4 +1,4 @@
-"""What the package promises about its inputs: annotated shapes hold, and bad input is refused with the values and a way out."""
+"""What the package promises of its inputs: annotations hold, bad input is refused with the values and a way out."""
 import copy
 import math
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mha_book
-from mha_book import (AttentionHead, HeadLayout, HeadList, MultiHeadAttention, attention, attention_weights, causal_mask, fused_attend,
-                      head_counts, pad_heads, split_heads)
+from mha_book import (AttentionHead, HeadLayout, HeadList, MultiHeadAttention, attention, attention_weights,
+                      causal_mask, fused_attend, head_counts, pad_heads, split_heads)
 from mha_book.testing import SIZES, refuse_nonfinite
 
 s = SIZES
@@ -110,7 +110,8 @@ class TestBadHeads:
     @KERNELS
     @pytest.mark.parametrize("shape", [(s.n,), (s.b, s.n, s.m), (3, 1, s.n, s.m), (1, s.b, s.h, s.n, s.m), (s.m, s.n)])
     def test_masks_of_other_shapes(self, attend, shape):
-        with refused(ValueError, str(shape), f"({s.m},)", f"({s.n}, {s.m})", f"({s.h}, {s.n}, {s.m})", f"({s.b}, 1, 1, {s.m})"):
+        fitting = f"({s.m},)", f"({s.n}, {s.m})", f"({s.h}, {s.n}, {s.m})", f"({s.b}, 1, 1, {s.m})"
+        with refused(ValueError, str(shape), *fitting):
             attend(*heads(), mask=torch.ones(shape, dtype=torch.bool))
 
     @KERNELS
@@ -127,7 +128,8 @@ class TestBadHeads:
 @pytest.mark.usefixtures("own_messages")
 class TestBadLayers:
     def test_heads_that_do_not_divide(self):
-        with refused(ValueError, "embed_dim 16", "num_heads 3", "head_dim=5", "num_heads=2 or num_heads=4", "embed_dim=18", "pad_heads"):
+        ways_out = "head_dim=5", "num_heads=2 or num_heads=4", "embed_dim=18", "pad_heads"
+        with refused(ValueError, "embed_dim 16", "num_heads 3", *ways_out):
             MultiHeadAttention(16, 3)
 
     def test_more_heads_than_width(self):
@@ -250,7 +252,7 @@ def test_the_state_dict_holds_the_head_counts():
     state = MultiHeadAttention(20, 6, num_kv_heads=3, head_dim=8).state_dict()
     counts = state["_extra_state"]
     assert counts.dtype == torch.int64 and counts.tolist() == [6, 3, 8]
-    assert all(isinstance(value, torch.Tensor) for value in state.values())           # so safetensors can store it
+    assert all(isinstance(value, torch.Tensor) for value in state.values())  # so safetensors can store it
 
 
 def test_a_layer_survives_copying_saving_and_moving(tmp_path):
@@ -267,11 +269,13 @@ def test_a_layer_survives_copying_saving_and_moving(tmp_path):
 def test_the_plug_gets_exactly_the_agreed_arguments():
     seen = {}
     def attend(q, k, v, *, mask, bias, is_causal, dropout_p):
-        seen.update(shapes=[tuple(t.shape) for t in (q, k, v)], mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
+        shapes = [tuple(t.shape) for t in (q, k, v)]
+        seen.update(shapes=shapes, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
         return fused_attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
     layer = MultiHeadAttention(20, 6, num_kv_heads=3, head_dim=8, dropout=0.25, attend=attend)
     layer(torch.randn(2, 5, 20), is_causal=True)
-    assert seen["shapes"] == [(2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8)] and seen["is_causal"] and seen["dropout_p"] == 0.25
+    assert seen["shapes"] == [(2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8)]
+    assert seen["is_causal"] and seen["dropout_p"] == 0.25
     layer.eval()
     layer(torch.randn(2, 5, 20))
     assert seen["dropout_p"] == 0.0 and seen["mask"] is None and seen["bias"] is None
@@ -315,7 +319,8 @@ def test_head_counts_are_the_nearest_divisors():
 def test_layouts_tell_whose_rows_are_whose():
     layout = HeadLayout(6, 3, 8)
     assert [*layout] == [6, 3, 8] and layout.sizes == (48, 24, 24)
-    owned = [i for part, count in (("q", 6), ("k", 3), ("v", 3)) for head in range(count) for i in range(200)[layout.rows(part, head)]]
+    slices = [layout.rows(part, head) for part, count in (("q", 6), ("k", 3), ("v", 3)) for head in range(count)]
+    owned = [i for rows in slices for i in range(200)[rows]]
     assert owned == list(range(96))                                                    # every row once, in order
 
 
@@ -325,7 +330,8 @@ def test_causal_masks_are_aligned_at_the_end():
 
 
 def test_heads_without_bias():
-    assert {name for name, _ in AttentionHead(8, 4, bias=False).named_parameters()} == {"q_proj.weight", "k_proj.weight", "v_proj.weight"}
+    assert set(AttentionHead(8, 4, bias=False).state_dict()) == {"q_proj.weight", "k_proj.weight", "v_proj.weight"}
     assert all("bias" not in name for name, _ in HeadList(8, 2, bias=False).named_parameters())
     layer = MultiHeadAttention(48, 6, bias=False, context_dim=11)
-    assert layer(torch.randn(2, 5, 48), torch.randn(2, 7, 11)).shape == (2, 5, 48) and all("bias" not in name for name in layer.state_dict())
+    assert layer(torch.randn(2, 5, 48), torch.randn(2, 7, 11)).shape == (2, 5, 48)
+    assert all("bias" not in name for name in layer.state_dict())

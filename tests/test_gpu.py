@@ -5,7 +5,8 @@ import torch
 from mha_book import MultiHeadAttention, attention, fused_attend
 from mha_book.testing import SIZES, assert_as_exact, reference_attention
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run `make test-gpu` where there is one")
+REASON = "needs a CUDA device; run `make test-gpu` where there is one"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
 s = SIZES
 
 
