@@ -7,12 +7,14 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/99_api.ipynb #api
-from .single_head import AttentionHead, attention, attention_weights, causal_mask, fused_attend
+from .single_head import (
+    AttentionHead, attention, attention_weights, causal_mask, fused_attend)
 from .multi_head import HeadList
-from .weight_split import (HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads,
-                                   split_heads)
+from .weight_split import (
+    HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
 
 __all__ = [
-    "AttentionHead", "HeadLayout", "HeadList", "MultiHeadAttention", "attention", "attention_weights",
-    "causal_mask", "fused_attend", "head_counts", "merge_heads", "pad_heads", "split_heads",
+    "AttentionHead", "HeadLayout", "HeadList", "MultiHeadAttention",
+    "attention", "attention_weights", "causal_mask", "fused_attend",
+    "head_counts", "merge_heads", "pad_heads", "split_heads",
 ]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .single_head import AttentionHead
+from .single_head import AttentionHead, check_count
 
 # %% ../nbs/02_multi_head.ipynb #heads
 class HeadList(nn.Module):
@@ -26,15 +26,20 @@ class HeadList(nn.Module):
         bias: bool = True,             # whether the projections add a learned vector
     ):
         super().__init__()
+        check_count("num_heads", num_heads)
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by "
+                             f"num_heads {num_heads}: give head_dim")
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.heads = nn.ModuleList(AttentionHead(embed_dim, head_dim, bias) for _ in range(num_heads))
+        self.heads = nn.ModuleList(
+            AttentionHead(embed_dim, head_dim, bias) for _ in range(num_heads))
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
 
     def forward(
         self,
         x: Float[Tensor, "b n e"],                # tokens
         *,
-        mask: Bool[Tensor, "..."] | None = None,  # True = may look, alike for all heads; broadcasts to b 1 n n
+        mask: Bool[Tensor, "..."] | None = None,  # True = may look; broadcasts to b 1 n n
         is_causal: bool = False,                  # no looking ahead
     ) -> Float[Tensor, "b n e"]:                  # one output a token
         "Run the heads one after another, concatenate, project."

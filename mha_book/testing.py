@@ -29,13 +29,14 @@ def _sees(
     position: int,                          # where the query stands among the keys
     j: int,                                 # which key
     is_causal: bool,                        # nothing later than the query
-    window: tuple[int | None, int | None],  # keys to the left and right of the query; None = no bound
+    window: tuple[int | None, int | None],  # keys left and right of it; None = no bound
 ) -> bool:
     "Whether causality and window let a query at `position` look at key `j`."
     left, right = window
     if is_causal and j > position:
         return False
-    return (left is None or j >= position - left) and (right is None or j <= position + right)
+    return ((left is None or j >= position - left)
+            and (right is None or j <= position + right))
 
 # %% ../nbs/91_testing.ipynb #mix
 def _mix(
@@ -56,44 +57,54 @@ def _mix(
     if bias is not None:
         logits = [s + extra for s, extra in zip(logits, bias)]
     top = torch.stack(logits).max().detach()
+    if top == -math.inf:                    # a bias of -inf hides as a mask does
+        return v.new_zeros(v.shape[-1])
     powers = [torch.exp(s - top) for s in logits]
     total = sum(powers) + (0.0 if sink is None else torch.exp(sink - top))
     return sum(p / total * value for p, value in zip(powers, v))
 
 # %% ../nbs/91_testing.ipynb #reference-code
 def reference_attention(
-    q: Float[Tensor, "b h n d"],           # queries
-    k: Float[Tensor, "b g m d"],           # keys
-    v: Float[Tensor, "b g m dv"],          # values
+    q: Float[Tensor, "b h n d"],               # queries
+    k: Float[Tensor, "b g m d"],               # keys
+    v: Float[Tensor, "b g m dv"],              # values
     *,
-    mask: Bool[Tensor, "..."] | None = None,    # True where a query may look; broadcasts to b h n m
-    bias: Float[Tensor, "..."] | None = None,   # added to the logits; broadcasts to b h n m
-    is_causal: bool = False,               # no key later than the query's own position, m - n + i
-    window: int | tuple[int | None, int | None] | None = None,  # w keys, itself included; or (left, right)
-    scale: float | None = None,            # 1/sqrt(d) unless told
-    softcap: float | None = None,          # bounds the scaled logits, before bias and mask
-    sinks: Float[Tensor, "h"] | None = None,    # a logit per head, in the denominator only
-) -> Float[Tensor, "b h n dv"]:            # float64, on the CPU
-    """Attention by its definition: a loop over batch, head, query and key, in float64 on the CPU.
+    mask: Bool[Tensor, "..."] | None = None,   # True = may look; broadcasts to b h n m
+    bias: Float[Tensor, "..."] | None = None,  # added to the logits; broadcasts to b h n m
+    is_causal: bool = False,                   # no key after the query, at m - n + i
+    # w keys, the query's own included; or (left, right)
+    window: int | tuple[int | None, int | None] | None = None,
+    scale: float | None = None,                # 1/sqrt(d) unless told
+    softcap: float | None = None,              # bounds scaled logits, before bias and mask
+    sinks: Float[Tensor, "h"] | None = None,   # a logit per head, in the denominator only
+) -> Float[Tensor, "b h n dv"]:                # float64, on the CPU
+    """Attention by its definition: a loop over batch, head, query and key,
+    in float64 on the CPU.
 
     Slow, and differentiable.
     """
     def there(t): return None if t is None else t.to("cpu", torch.float64)
+
     q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
-    grid = torch.ones(b, h, n, m, dtype=torch.bool) if mask is None else mask.cpu().expand(b, h, n, m)
+    grid = torch.ones((), dtype=torch.bool) if mask is None else mask.cpu()
+    grid = grid.expand(b, h, n, m)
     bias = None if bias is None else bias.expand(b, h, n, m)
     window = (window - 1, 0) if isinstance(window, int) else window or (None, None)
     scale = d ** -0.5 if scale is None else scale
 
     def one(s, a, i):
-        seen = [j for j in range(m) if grid[s, a, i, j] and _sees(m - n + i, j, is_causal, window)]
+        seen = [j for j in range(m)
+                if grid[s, a, i, j] and _sees(m - n + i, j, is_causal, window)]
         extra = None if bias is None else bias[s, a, i, seen]
         group = a // (h // g)
         sink = None if sinks is None else sinks[a]
-        return _mix(q[s, a, i], k[s, group, seen], v[s, group, seen], extra, scale, softcap, sink)
+        keys, values = k[s, group, seen], v[s, group, seen]
+        return _mix(q[s, a, i], keys, values, extra, scale, softcap, sink)
 
     rows = [one(s, a, i) for s in range(b) for a in range(h) for i in range(n)]
+    if not rows:
+        return v.new_zeros(b, h, n, v.shape[-1])
     return torch.stack(rows).view(b, h, n, -1)
 
 # %% ../nbs/91_testing.ipynb #tolerance-code
@@ -107,13 +118,18 @@ def assert_as_exact(
 
     Raises AssertionError with the error, the bound and the place of the largest error.
     """
-    assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    error = (got.detach().to("cpu", torch.float64) - exact.detach()).abs()
-    plain_error = (plain.detach().to("cpu", torch.float64) - exact.detach()).abs().max().item()
+    assert got.shape == exact.shape, (
+        f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
+    got_64, plain_64 = (t.detach().to("cpu", torch.float64) for t in (got, plain))
+    error = (got_64 - exact.detach()).abs()
+    plain_error = (plain_64 - exact.detach()).abs().max().item()
     bound = 2 * plain_error + 4 * torch.finfo(got.dtype).eps * magnitude
     bound = 1e-12 * max(1.0, magnitude) if got.dtype == torch.float64 else bound
+    assert plain.shape == exact.shape and math.isfinite(bound), (
+        f"nothing to compare with: the bound is {bound}")
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    assert error.max() <= bound, f"error {error.max():.2e} at {worst}, allowed {bound:.2e} ({got.dtype})"
+    assert error.max() <= bound, (
+        f"error {error.max():.2e} at {worst}, allowed {bound:.2e} ({got.dtype})")
 
 # %% ../nbs/91_testing.ipynb #tied-code
 @torch.no_grad()
@@ -121,17 +137,23 @@ def tie_heads(
     layer: nn.Module,   # MultiHeadAttention with num_kv_heads = num_heads; gets the weights
     heads: nn.Module,   # HeadList: `heads.heads[i].q_proj` and so on, and `out_proj`
 ) -> nn.Module:         # `layer`, for chaining
-    "Copy a list of heads into the rows of one fused layer: all q's, then all k's, then all v's."
-    parts = [getattr(head, name) for name in ("q_proj", "k_proj", "v_proj") for head in heads.heads]
+    """Copy a list of heads into the rows of one fused layer:
+    all q's, then all k's, then all v's.
+    """
+    names = ("q_proj", "k_proj", "v_proj")
+    parts = [getattr(head, name) for name in names for head in heads.heads]
     layer.in_proj.weight.copy_(torch.cat([p.weight for p in parts]))
-    layer.in_proj.bias.copy_(torch.cat([p.bias for p in parts]))
+    if layer.in_proj.bias is not None:
+        layer.in_proj.bias.copy_(torch.cat([p.bias for p in parts]))
     layer.out_proj.load_state_dict(heads.out_proj.state_dict())
     return layer
 
 # %% ../nbs/91_testing.ipynb #ratio-code
 @dataclass(frozen=True)
 class Ratio:
-    "How long something takes, as a multiple of the base: median of the rounds, and the middle half of them."
+    """How long something takes, as a multiple of the base:
+    median of the rounds, and the middle half of them.
+    """
     median: float   # of (its time) / (the base's time in the same round)
     low: float      # lower quartile
     high: float     # upper quartile
@@ -150,9 +172,11 @@ def _cpu_seconds(call: Callable[[], object], calls: int) -> float:
 def time_ratios(
     calls: dict[str, Callable[[], object]],  # what to compare; the first one is the base
     rounds: int = 15,                        # how often each is timed
-    min_seconds: float = 0.005,              # a timing lasts at least this long, by repetition
-) -> dict[str, Ratio]:                       # a ratio per name; the base's own is its A/A band
-    "CPU time of each call relative to the first, in one thread, in turns. For CUDA, time with events instead."
+    min_seconds: float = 0.005,              # calls are repeated to last at least this long
+) -> dict[str, Ratio]:                       # a ratio per name; the base's is its A/A band
+    """CPU time of each call relative to the first, in one thread, in turns.
+    For CUDA, time with events instead.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,13 +185,13 @@ def time_ratios(
             name: max(1, math.ceil(min_seconds / max(_cpu_seconds(call, 2), 1e-7)))
             for name, call in calls.items()
         }
-        seconds = {name: [] for name in [*calls, "again"]}
+        seconds = {name: [] for name in [*calls, None]}
         for _ in range(rounds):
-            for name, call in [*calls.items(), ("again", calls[base])]:
+            for name, call in [*calls.items(), (None, calls[base])]:
                 seconds[name].append(_cpu_seconds(call, often.get(name, often[base])))
     finally:
         torch.set_num_threads(threads)
-    pairs = {name: seconds["again" if name == base else name] for name in calls}
+    pairs = {name: seconds[None if name == base else name] for name in calls}
     return {name: _ratio(times, seconds[base]) for name, times in pairs.items()}
 
 
@@ -190,11 +214,14 @@ def _quiet_stderr():
 
 
 def _allocations(events) -> list[tuple[int, int, int]]:
-    "All (time, address, bytes) of allocations and frees below `events`; a free counts negative."
+    """All (time, address, bytes) of allocations and frees below `events`;
+    a free counts negative.
+    """
     found = []
     for event in events:
         if event.tag == torch._C._profiler._EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            block = event.extra_fields
+            found.append((event.start_time_ns, block.ptr, block.alloc_size))
         found += _allocations(event.children)
     return sorted(found)
 
@@ -204,14 +231,17 @@ def peak_bytes(call: Callable[[], object]) -> int:
     (CPU memory, by torch's profiler).
     """
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
+    profiler = torch.profiler.profile(activities=cpu, profile_memory=True)
+    with _quiet_stderr(), profiler as prof:
         kept = call()  # noqa: F841  keeps the result alive, so that it counts
     held, peak = {}, 0
-    for _, address, size in _allocations(prof.profiler.kineto_results.experimental_event_tree()):
+    events = prof.profiler.kineto_results.experimental_event_tree()
+    for _, address, size in _allocations(events):
         if size > 0:
             held[address] = size
         else:
-            held.pop(address, None)        # what was there before is none of this call's business
+            # what was there before is none of this call's business
+            held.pop(address, None)
         peak = max(peak, sum(held.values()))
     return peak
 
@@ -221,14 +251,21 @@ def refuse_nonfinite(
     args: tuple,         # its positional inputs
     kwargs: dict,        # its keyword inputs
 ) -> None:
-    """A forward pre-hook that raises ValueError at the first NaN or inf in a floating-point input.
+    """A forward pre-hook that raises ValueError at the first NaN or inf
+    in a floating-point input.
 
     Use: `layer.register_forward_pre_hook(refuse_nonfinite, with_kwargs=True)`.
     """
     for name, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            bad = (~value.isfinite()).nonzero()
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        good = value.isfinite()
+        if name == "bias":
+            good |= value == -math.inf            # a bias of -inf hides a key
+        if not good.all():
+            bad = (~good).nonzero()
             first = tuple(bad[0].tolist())
             raise ValueError(
-                f"input {name!r} of {type(module).__name__} holds {value[first].item()} at index {first}; "
+                f"input {name!r} of {type(module).__name__} "
+                f"holds {value[first].item()} at index {first}; "
                 f"{len(bad)} of {value.numel()} numbers are not finite")

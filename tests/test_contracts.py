@@ -1,6 +1,7 @@
 """What the package promises of its inputs: annotations hold, bad input is refused with the values and a way out."""
 import copy
 import math
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -215,6 +216,43 @@ class TestBadLayers:
             with refused(ValueError, f"num_heads {count}", "at least 6", "group size 2"):
                 pad_heads(layer, count)
 
+    @pytest.mark.parametrize("mask, error, word", [
+        (torch.ones(5, 5), TypeError, "torch.bool"),
+        (torch.ones(5, 6, dtype=torch.bool), ValueError, "(5, 6)"),
+        (torch.ones(3, 5, 5, dtype=torch.bool), ValueError, "(3, 5, 5)"),
+        (torch.ones(5, 5, dtype=torch.bool, device="meta"), ValueError, "meta")])
+    def test_masks_beside_a_padding_mask(self, mask, error, word):
+        real = torch.ones(2, 5, dtype=torch.bool)
+        with refused(error, "mask", word):
+            MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), mask=mask, key_padding_mask=real)
+
+    def test_tokens_that_are_no_embeddings(self):
+        with refused(TypeError, "x has dtype torch.int64", "embeddings"):
+            MultiHeadAttention(48, 6)(torch.zeros(2, 5, 48, dtype=torch.int64))
+
+    def test_dropout_that_is_no_number(self):
+        with refused(TypeError, "dropout", "'0.1'"):
+            MultiHeadAttention(48, 6, dropout="0.1")
+
+    def test_a_norm_instead_of_what_makes_one(self):
+        with refused(TypeError, "qk_norm", "nn.RMSNorm"):
+            MultiHeadAttention(48, 6, qk_norm=nn.RMSNorm(8))
+
+    def test_a_module_hidden_in_a_partial(self):
+        with refused(TypeError, "attend is a partial of a module", "nn.Module of its own"):
+            MultiHeadAttention(48, 6, attend=partial(nn.Linear(2, 2), bias=None))
+
+    def test_lists_of_heads_that_do_not_divide(self):
+        with refused(ValueError, "embed_dim 16", "num_heads 3", "head_dim"):
+            HeadList(16, 3)
+        with refused(TypeError, "num_heads must be an int"):
+            HeadList(16, 4.0)
+
+    @pytest.mark.parametrize("part, head, error", [("k", 3, IndexError), ("q", -1, IndexError), ("x", 0, KeyError)])
+    def test_rows_of_heads_that_are_not_there(self, part, head, error):
+        with pytest.raises(error):
+            HeadLayout(6, 3, 8).rows(part, head)
+
     def test_unknown_arguments(self):
         with pytest.raises(TypeError):
             MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), attn_mask=None)
@@ -306,6 +344,79 @@ def test_the_position_plug_is_told_where_it_stands():
     layer(torch.randn(2, 5, 48))
     layer(torch.randn(2, 5, 48), cache=Seen(), key_padding_mask=torch.ones(2, 5, dtype=torch.bool))
     assert offsets[0] == 0 and offsets[1].tolist() == [3, 4] and offsets[2] == "committed"
+
+
+class PaddedCache:
+    "Keeps all tokens of all calls, padding too, and which of them are real."
+    def __init__(self, batch):
+        self.seen, self.kept, self.pending = torch.zeros(batch, dtype=torch.int64), None, None
+
+    def append(self, k, v, padding=None):
+        real = torch.ones(len(k), k.shape[2], dtype=torch.bool) if padding is None else padding
+        new = (k, v, real[:, None, None])
+        old = self.kept or [t.narrow(dim, 0, 0) for t, dim in zip(new, (2, 2, 3))]
+        self.pending = [torch.cat(pair, dim) for *pair, dim in zip(old, new, (2, 2, 3))]
+        self.added = real.sum(1)
+        return self.pending
+
+    def commit(self):
+        self.kept, self.seen = self.pending, self.seen + self.added
+
+
+def rotate(q, k, *, offset):
+    "Rotary positions on the first two numbers of each head."
+    start = torch.as_tensor(offset).reshape(-1, 1, 1)
+    angle = (start + torch.arange(q.shape[2])).to(q.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    def turned(t):
+        a, b, *rest = t.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos, *rest], -1)
+    return turned(q), turned(k)
+
+
+def test_a_padded_batch_decodes_as_each_sentence_alone():
+    layer = MultiHeadAttention(20, 6, num_kv_heads=3, head_dim=8, position=rotate, dtype=torch.float64)
+    x, cache = torch.randn(2, 7, 20, dtype=torch.float64), PaddedCache(2)
+    real = torch.arange(4) >= torch.tensor([[0], [2]])
+    pieces = [layer(x[:, :4], key_padding_mask=real, is_causal=True, cache=cache)]
+    pieces += [layer(x[:, i:i + 1], is_causal=True, cache=cache) for i in range(4, 7)]
+    together = torch.cat(pieces, dim=1)
+    for row, first in ((0, 0), (1, 2)):
+        alone = layer(x[row:row + 1, first:], is_causal=True)
+        torch.testing.assert_close(together[row:row + 1, first:], alone, atol=1e-12, rtol=0)
+
+
+def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
+    cache = PaddedCache(2)
+    layer = MultiHeadAttention(48, 6, attend=lambda q, k, v, **options: v[..., :2])
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 5, 48), cache=cache)
+    assert cache.kept is None and cache.seen.tolist() == [0, 0]
+
+
+def test_a_norm_or_a_position_may_answer_in_float32():
+    layer = MultiHeadAttention(48, 6, position=lambda q, k, *, offset: (q.float(), k.float()), dtype=torch.bfloat16)
+    assert layer(torch.randn(2, 5, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype, bias", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_bias_of_another_float_is_taken(dtype, bias):
+    q, k, v = (t.to(dtype) for t in heads())
+    extra = torch.randn(s.n, s.m, dtype=bias)
+    for attend in attention, fused_attend:
+        assert torch.equal(attend(q, k, v, bias=extra), attend(q, k, v, bias=extra.to(dtype)))
+    assert attention_weights(q, k, bias=extra).dtype == dtype
+
+
+@pytest.mark.parametrize("b, n", [(0, 5), (2, 0)])
+def test_maps_of_nothing(b, n):
+    assert MultiHeadAttention(48, 6).attention_map(torch.randn(b, n, 48)).shape == (b, 6, n, n)
+
+
+def test_padding_heads_keeps_what_is_frozen():
+    layer = MultiHeadAttention(48, 6, context_dim=11).requires_grad_(False).eval()
+    wide = pad_heads(layer, 8)
+    assert not any(p.requires_grad for p in wide.parameters()) and not any(m.training for m in wide.modules())
 
 
 # Small things that are public
