@@ -162,7 +162,7 @@ def cover() -> plt.Figure:
     the stripes of every token's row on the right.
     """
     heads, tokens = range(4), "the dog chased its own tail".split()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2.9), width_ratios=[1, 1.7])
+    fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2.7), width_ratios=[1, 1.7])
     blocks = [(f"{part}{i}", 1, i) for part in "qkv" for i in heads]
     weight_stripes(blocks, 10, ax=left, title="one matrix")
     left.set_aspect("auto")

@@ -87,7 +87,7 @@ def reference_attention(
 
     q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
-    grid = torch.ones((), dtype=torch.bool) if mask is None else mask.cpu()
+    grid = torch.tensor(True, device="cpu") if mask is None else mask.cpu()
     grid = grid.expand(b, h, n, m)
     bias = None if bias is None else bias.expand(b, h, n, m)
     window = (window - 1, 0) if isinstance(window, int) else window or (None, None)
