@@ -73,7 +73,8 @@ class HeadLayout:
         head: int,   # which head of that part
     ) -> slice:      # its rows in the stacked matrix
         """The rows of one head:
-        `layer.in_proj.weight[layout.rows('k', 2)]` is head 2's key projection.
+        `layer.in_proj.weight[layout.rows('k', 2)]` is head 2's key projection
+        (where keys have no `context_proj` of their own).
 
         Raises KeyError for another part, IndexError for a head that the part has not.
         """
@@ -158,7 +159,8 @@ class MultiHeadAttention(StackedProjections):
     with sockets for positions and for the attention itself.
 
     `x` (b n e) and `context` (b m c) give outputs (b n out_dim).
-    `in_proj` holds (h + 2g)·d rows: q's, then k's, then v's.
+    `in_proj` holds (h + 2g)·d rows: q's, then k's, then v's;
+    with `context_dim` it holds q's only, and `context_proj` k's, then v's.
     `position(q, k, *, offset) -> (q, k)` runs after the split;
     `attend(q, k, v, *, mask, bias, is_causal, dropout_p)` mixes the values.
     Masks are boolean, True = may look.

@@ -408,6 +408,13 @@ def test_a_bias_of_another_float_is_taken(dtype, bias):
     assert attention_weights(q, k, bias=extra).dtype == dtype
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(scale):
+    q, k, v = heads(n=6, m=6)
+    torch.testing.assert_close(fused_attend(q, k, v, is_causal=True, scale=scale),
+                               attention(q, k, v, is_causal=True, scale=scale))   # torch's own causal kernel gives NaN
+
+
 @pytest.mark.parametrize("b, n", [(0, 5), (2, 0)])
 def test_maps_of_nothing(b, n):
     assert MultiHeadAttention(48, 6).attention_map(torch.randn(b, n, 48)).shape == (b, 6, n, n)

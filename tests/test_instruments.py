@@ -36,6 +36,12 @@ def test_other_shapes_and_nan_are_refused(wrong):
         assert_as_exact(wrong, EXACT, EXACT, 1.0)
 
 
+@pytest.mark.parametrize("plain", [EXACT.float() / 0, EXACT.float()[:1]])
+def test_a_reference_that_is_none_is_refused(plain):
+    with pytest.raises(AssertionError):
+        assert_as_exact(EXACT.float(), EXACT, plain, 1.0)
+
+
 def test_timing_restores_the_threads():
     before = torch.get_num_threads()
     ratios = time_ratios({"a": lambda: None, "b": lambda: None}, rounds=3, min_seconds=1e-4)
