@@ -1,6 +1,6 @@
 """Every implementation against the float64 loop, outputs and gradients, by the tolerance rule.
 
-Every pair of choices meets in some case. All combinations: `make parity` (about 20 minutes).
+Every pair of choices meets in some case. All combinations: `make parity` (an hour or two).
 """
 import os
 
