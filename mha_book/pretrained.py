@@ -125,7 +125,7 @@ def _need(module: str):
         message = f"{module} is not installed; run:\n    pip install mha-book[pretrained]"
         raise ModuleNotFoundError(message) from error
 
-
+# %% ../nbs/21_pretrained.ipynb #load-state-code-check-tensors
 def check_tensors(
     found: dict[str, tuple[str, tuple[int, ...]]],     # name -> (dtype, shape) in a file
     expected: dict[str, tuple[str, tuple[int, ...]]],  # the same, as it must be
@@ -143,7 +143,7 @@ def check_tensors(
             raise ValueError("{}: found {} {}, expected {} {}".format(
                 name, *found[name], *expected[name]))
 
-
+# %% ../nbs/21_pretrained.ipynb #load-state-code-load-state
 def load_state(
     path: str | Path,                                    # a safetensors file
     expected: dict[str, tuple[str, tuple[int, ...]]],    # from `expected_tensors`
@@ -202,7 +202,7 @@ class EncoderLayer(nn.Module):
         x = self.attention_norm(x + self.attention(x, key_padding_mask=real))
         return self.norm(x + self.down(F.gelu(self.up(x))))
 
-
+# %% ../nbs/21_pretrained.ipynb #encoder-code-Encoder
 class Encoder(nn.Module):
     """The encoder of BERT (Devlin et al. 2019, arXiv 1810.04805),
     for one sentence a row, without dropout.
@@ -260,7 +260,7 @@ def bert_names(
             names[f"layers.{i}.{ours}"] = theirs
     return names
 
-
+# %% ../nbs/21_pretrained.ipynb #convert-code-convert-bert
 def convert_bert(
     state: dict[str, Tensor],    # BERT's names
     num_layers: int,
@@ -290,7 +290,7 @@ def load_tokenizer(
     tokenizer.enable_padding()
     return tokenizer
 
-
+# %% ../nbs/21_pretrained.ipynb #tokenizer-code-check-pooling
 def check_pooling(
     folder: str | Path,    # from `model_dir`
 ) -> None:
@@ -306,7 +306,7 @@ def check_pooling(
         raise ValueError(f"the model pools by {steps} with {modes}; "
                          f"this module takes the mean, then length 1")
 
-
+# %% ../nbs/21_pretrained.ipynb #tokenizer-code-load-minilm
 def load_minilm(
     device: torch.device | str | None = None,
     attend: Callable | None = None,  # the attention plug of every layer
@@ -341,7 +341,7 @@ def encode(
     ids, real = ([getattr(row, name) for row in rows] for name in ("ids", "attention_mask"))
     return torch.tensor(ids, device=device), torch.tensor(real, device=device).bool()
 
-
+# %% ../nbs/21_pretrained.ipynb #embed-mean-pool
 def mean_pool(
     x: Float[Tensor, "b n e"],
     real: Bool[Tensor, "b n"],    # True = a real token
@@ -350,7 +350,7 @@ def mean_pool(
     weight = real.unsqueeze(-1).to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1)
 
-
+# %% ../nbs/21_pretrained.ipynb #embed-embed
 def embed(
     encoder: Encoder,
     tokenizer,

@@ -120,7 +120,7 @@ def check_inputs(
         check_additions(mask, bias, (*q.shape[:3], k.shape[2]), q.device)
     check_dropout(dropout_p)
 
-
+# %% ../nbs/01_single_head.ipynb #checks-check-dropout
 def check_dropout(dropout: float) -> None:
     "Raise unless `dropout` is a number in [0, 1)."
     if not isinstance(dropout, (int, float)):
@@ -128,7 +128,7 @@ def check_dropout(dropout: float) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout} is not a probability in [0, 1)")
 
-
+# %% ../nbs/01_single_head.ipynb #checks-check-count
 def check_count(name: str, value: int) -> None:
     "Raise unless `value`, which is called `name`, is a positive int."
     if not isinstance(value, int) or isinstance(value, bool):
@@ -153,7 +153,7 @@ def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
         raise ValueError(f"{q[1]} query heads cannot share {k[1]} key-value heads: "
                          f"the second number (num_kv_heads) must divide the first")
 
-
+# %% ../nbs/01_single_head.ipynb #checks-shapes-check-additions
 def check_additions(mask: Tensor | None, bias: Tensor | None,
                     shape: tuple[int, ...], device: torch.device) -> None:
     "Refuse a `mask` or `bias` that does not fit the shape b h n m of the weights."
@@ -175,7 +175,7 @@ def check_additions(mask: Tensor | None, bias: Tensor | None,
                              f"({h}, {n}, {m}), ({b}, 1, {n}, {m}); "
                              f"a mask of padding is ({b}, 1, 1, {m})")
 
-
+# %% ../nbs/01_single_head.ipynb #checks-shapes-broadcasts
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
     "Whether `shape` expands to `target`, axis by axis from the right."
     pairs = zip(reversed(shape), reversed(target))

@@ -255,7 +255,7 @@ class MultiHeadAttention(StackedProjections):
             check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
         return q, k, v, join_masks(mask, visible)
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-offset
 def _offset(key_padding_mask: Tensor | None, cache) -> int | Tensor:
     """The place of a call's first token, after the real tokens before this call.
 
@@ -264,7 +264,7 @@ def _offset(key_padding_mask: Tensor | None, cache) -> int | Tensor:
     padded = 0 if key_padding_mask is None else (~key_padding_mask).sum(1)
     return 0 if cache is None else cache.seen - padded
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-remember
 def _remember(k: Tensor, v: Tensor, key_padding_mask: Tensor | None, cache):
     """All keys and values that this call may see,
     and which of them are real (b 1 1 m, or None).
@@ -322,7 +322,7 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, dropout, plugs) -
         raise TypeError("qk_norm makes the norms: "
                         "pass a class, such as nn.RMSNorm, not a norm")
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-checks-check-call
 def _check_call(layer: StackedProjections, x: Tensor, context: Tensor | None,
                 key_padding_mask: Tensor | None, cache) -> None:
     "The inputs of `forward`, before anything is computed."
@@ -341,7 +341,7 @@ def _check_call(layer: StackedProjections, x: Tensor, context: Tensor | None,
     if key_padding_mask is not None:
         _check_padding(key_padding_mask, x if context is None else context)
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-checks-check-tokens
 def _check_tokens(name: str, tokens: Tensor, proj: nn.Linear) -> None:
     weight = proj.weight
     if tokens.dim() != 3 or tokens.shape[2] != proj.in_features:
@@ -358,7 +358,7 @@ def _check_tokens(name: str, tokens: Tensor, proj: nn.Linear) -> None:
                         f"convert with {name}.to({weight.dtype}) "
                         f"or layer.to({tokens.dtype}), or run under torch.autocast")
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-checks-check-padding
 def _check_padding(key_padding_mask: Tensor, tokens: Tensor) -> None:
     if key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask has dtype {key_padding_mask.dtype}; "
@@ -370,7 +370,7 @@ def _check_padding(key_padding_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"device differs: key_padding_mask {key_padding_mask.device}, "
                          f"tokens {tokens.device}")
 
-
+# %% ../nbs/03_weight_split.ipynb #layer-checks-check-linear
 def _check_linear(weights: Tensor, v: Tensor, y: Tensor) -> None:
     """`weights` must explain `y`:
     what a plug does to `v` is a weighted mean only if it is linear in `v`.
@@ -412,7 +412,7 @@ def pad_heads(
     wide.out_proj.in_features = new[0]
     return wide
 
-
+# %% ../nbs/03_weight_split.ipynb #pad-pad-rows
 def _pad_rows(proj: nn.Linear, old: tuple[int, ...], new: tuple[int, ...]) -> None:
     "Every part of `old` rows grows to `new` rows by rows of zeros, in place."
     def grown(stacked):
@@ -423,7 +423,7 @@ def _pad_rows(proj: nn.Linear, old: tuple[int, ...], new: tuple[int, ...]) -> No
     if proj.bias is not None:
         proj.bias = _like(proj.bias, grown(proj.bias[:, None])[:, 0])
 
-
+# %% ../nbs/03_weight_split.ipynb #pad-like
 def _like(old: nn.Parameter, grown: Tensor) -> nn.Parameter:
     "`grown` as a parameter that is trained if `old` was."
     return nn.Parameter(grown, requires_grad=old.requires_grad)

@@ -1,27 +1,15 @@
 """The layer does no more than a hand-written minimal one: the same operations in order, the same peak bytes."""
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
 from minimal_layer import MinimalLayer, torch_layer
 
 from mha_book import MultiHeadAttention, fused_attend
-from mha_book.testing import peak_bytes
-
-
-@contextmanager
-def quiet():
-    "The profiler's C++ side writes to file descriptor 2."
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    yield
-    os.dup2(kept, 2)
+from mha_book.testing import _quiet_stderr, peak_bytes
 
 
 def operations(call):
     "The torch operations of `call`, backward included, in order, by the profiler."
-    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     return [event.name for event in profile.events() if event.name.startswith("aten::")]
 
