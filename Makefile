@@ -87,6 +87,11 @@ serve: ## serve the built book at http://127.0.0.1:8000
 test-book: $(READY) ## open every built page in a browser (needs Chromium or Chrome)
 	@MHA_BOOK_REQUIRED=1 $(BIN)/python -m pytest tests/test_book.py
 
+.PHONY: test-libraries
+test-libraries: $(READY) ## compare with Transformers, Keras and Flax (installs them: 800 MB)
+	@$(BIN)/python -m pip install --disable-pip-version-check -c .venv/constraints.txt -e '.[libraries]'
+	@MHA_LIBRARIES_REQUIRED=1 $(BIN)/python -m pytest tests/test_libraries.py
+
 .PHONY: test-gpu
 test-gpu: $(READY) ## run the tests that need a GPU
 	@$(BIN)/python -m pytest tests/test_gpu.py

@@ -25,11 +25,14 @@ class StampList(SphinxDirective):
 
 
 def number_chapter(app, doctree) -> None:
-    "Put the number of NN_name.ipynb before the page's title. Parts below 90 are chapters; the rest are helpers."
+    """Put the number of NN_name.ipynb before the page's title; pages that share a number have letters, 4a and 4b.
+    Parts below 90 are chapters; the rest are helpers."""
     match = CHAPTER.match(app.env.docname)
     title = next(doctree.findall(nodes.title), None)
     if match and int(match[1]) < 90 and title is not None:
-        title.insert(0, nodes.Text(f"{int(match[1])}. "))
+        pages = sorted(name for name in app.env.found_docs if name.startswith(match[0]))
+        letter = "abcdefgh"[pages.index(app.env.docname)] if len(pages) > 1 else ""
+        title.insert(0, nodes.Text(f"{int(match[1])}{letter}. "))
 
 
 def collect_stamp(app, doctree) -> None:

@@ -12,9 +12,16 @@ from .single_head import (
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
+from mha_book.layouts import (
+    Dialect, convert_layout, fitting_dialects, from_state_dict, from_torch, guess_dialect,
+    to_torch)
+from .masks import convert_mask
+from .gradients import gradient_report
 
 __all__ = [
-    "AttentionHead", "HeadLayout", "HeadList", "MultiHeadAttention",
-    "attention", "attention_weights", "causal_mask", "fused_attend",
-    "head_counts", "merge_heads", "pad_heads", "split_heads",
+    "AttentionHead", "Dialect", "HeadLayout", "HeadList", "MultiHeadAttention",
+    "attention", "attention_weights", "causal_mask", "convert_layout", "convert_mask",
+    "fitting_dialects", "from_state_dict", "from_torch", "fused_attend",
+    "gradient_report", "guess_dialect", "head_counts", "merge_heads", "pad_heads",
+    "split_heads", "to_torch",
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD_COLORS', 'LINE_COLORS', 'MARKERS', 'WEIGHTS', 'head_color', 'line_color', 'attention_map', 'curves',
-           'weight_stripes', 'memory_grid', 'cover']
+           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'cover']
 
 # %% ../nbs/90_figures.ipynb #imports
 import matplotlib as mpl
@@ -154,6 +154,63 @@ def memory_grid(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_title(title)
+    return ax
+
+# %% ../nbs/90_figures.ipynb #strips-code
+def memory_strips(
+    strips: dict[str, list[tuple[str, int, int | None]]],   # title -> name, length, head
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Memory as strips, one block for each run of numbers; a head of None is a gap.
+    Blocks of keys and of values are paler than those of queries.
+    """
+    ax = plt.subplots(figsize=(6, 0.62 * len(strips)))[1] if ax is None else ax
+    longest = max(sum(length for _, length, _ in blocks) for blocks in strips.values())
+    for row, (title, blocks) in enumerate(strips.items()):
+        ax.text(0, row - 0.1, title, va="bottom", fontsize=11)
+        left = 0
+        for name, length, head in blocks:
+            if head is not None:
+                shade = {"k": 0.62, "v": 0.35}.get(name[0], 1)
+                color = 1 - shade * (1 - np.array(to_rgb(head_color(head))))
+                ax.broken_barh([(left, length)], (row, 0.5), facecolor=color)
+                if length > longest / 20:
+                    ax.text(left + length / 2, row + 0.25, name, ha="center", va="center",
+                            color=_ink(color), fontsize=10)
+            left += length
+    ax.set(xlim=(0, longest), ylim=(len(strips) - 0.4, -0.6), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return ax
+
+# %% ../nbs/90_figures.ipynb #steps-code
+def step_graph(
+    names: list[str],                # what stands in each box; the first is on top
+    edges: list[tuple[int, int]],    # from box to box, by their places in `names`
+    filled: list[bool],              # which boxes are shaded
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    "Steps as boxes, each below all that lead to it."
+    depth = [0] * len(names)
+    for _ in names:    # as often as the longest way can be
+        for a, b in edges:
+            depth[b] = max(depth[b], depth[a] + 1)
+    ax = plt.subplots(figsize=(6, 0.5 + 0.45 * max(depth)))[1] if ax is None else ax
+    x = np.full(len(names), 0.5)
+    for level in range(1, max(depth) + 1):
+        row = [i for i, d in enumerate(depth) if d == level]
+        x[row] = [np.mean([x[a] for a, b in edges if b == i]) for i in row]
+        if np.diff(np.sort(x[row])).min(initial=1) < 0.25:    # too close: spread them
+            x[row] = (np.arange(len(row)) + 0.5) / len(row)
+    for a, b in edges:
+        ax.plot(x[[a, b]], [-depth[a], -depth[b]], color="#999999", linewidth=1.2, zorder=1)
+    for i, name in enumerate(names):
+        box = dict(boxstyle="round", edgecolor="#555555",
+                   facecolor="#F6D7A7" if filled[i] else "white")
+        ax.text(x[i], -depth[i], name, ha="center", va="center", fontsize=10.5, bbox=box)
+    ax.set(xlim=(0, 1), ylim=(-max(depth) - 0.5, 0.5))
+    ax.axis("off")
     return ax
 
 # %% ../nbs/90_figures.ipynb #cover-code

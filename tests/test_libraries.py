@@ -1,0 +1,416 @@
+"""The libraries themselves: their weights in, their outputs out, our weights and masks into them.
+
+Small random models, built here, in float64; nothing is fetched. The tests of a library that is absent are skipped,
+and with MHA_LIBRARIES_REQUIRED=1 they fail.
+"""
+import importlib
+import os
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mha_book import HeadLayout, attention, causal_mask
+from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch, guess_dialect
+from mha_book.masks import MASK_DIALECTS, convert_mask
+from mha_book.testing import SIZES
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+s = SIZES
+EQUAL, GROUPED, SHARED = (HeadLayout(s.h, g, s.d) for g in (s.h, s.g, 1))
+WIDE = s.h * s.d  # the width of a model whose heads divide it
+
+
+def library(name):
+    "The module; the test is skipped, or fails, where it is absent."
+    if os.environ.get("MHA_LIBRARIES_REQUIRED") == "1":
+        return importlib.import_module(name)
+    reason = f"needs {name.split('.')[0]}: make test-libraries installs it"
+    return pytest.importorskip(name, reason=reason, exc_type=ImportError)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def fill(parameters):
+    "Random numbers everywhere: a bias that begins as 0 would hide its place."
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3)
+
+
+def close(got, wanted):
+    "The same to 1e-10, and something to compare."
+    torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+    assert wanted.abs().max() > 0.1
+
+
+# Transformers
+
+
+@dataclass
+class Rotary:
+    "Rotary positions on the first `width` numbers of a head; angles in float32, as Transformers computes them."
+    width: int
+
+    def __call__(self, q, k, *, offset):
+        frequencies = 1.0 / 10_000.0 ** (torch.arange(0, self.width, 2).float() / self.width)
+        angles = (torch.arange(q.shape[2]).float()[:, None] * frequencies).repeat(1, 2)
+        cos, sin = angles.cos().double(), angles.sin().double()
+
+        def turn(t):
+            turned, rest = t[..., :self.width], t[..., self.width:]
+            first, second = turned.chunk(2, dim=-1)
+            return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+        return turn(q), turn(k)
+
+
+@dataclass
+class Model:
+    "A model of Transformers, and where its first attention stands."
+    kind: str               # its class; the config's is named after it
+    heads: HeadLayout
+    dialect: str | Dialect  # how it is read
+    names: dict             # what it calls its tensors
+    prefix: str
+    config: dict = field(default_factory=dict)
+    position: Rotary | None = None
+    causal: bool = True
+    reads: str = ""         # which module gets the input, below the prefix
+    gives: str = ""         # which one gives the output
+    config_kind: str = ""
+
+    def build(self):
+        transformers = library("transformers")
+        transformers.logging.set_verbosity_error()
+        config_kind = self.config_kind or self.kind.replace("Model", "Config")
+        config = getattr(transformers, config_kind)(vocab_size=11, pad_token_id=0, **self.config)
+        where = {"WhisperDecoder": "transformers.models.whisper.modeling_whisper"}.get(self.kind, "transformers")
+        model = getattr(importlib.import_module(where), self.kind)(config).double().eval()
+        fill(model.parameters())
+        return model
+
+    def weights(self, model):
+        "All that the model holds, but for the norm that BERT keeps beside its attention."
+        return {name: tensor for name, tensor in model.state_dict().items() if "attention.output.LayerNorm" not in name}
+
+    def layer(self, model):
+        return from_state_dict(self.weights(model), self.heads, self.dialect, prefix=self.prefix,
+                               position=self.position)
+
+    def write(self, layer, model):
+        "This layer's weights under the names of the model, whose attention they replace."
+        own = DIALECTS[self.dialect] if isinstance(self.dialect, str) else self.dialect
+        written = convert_layout(layer.state_dict(), "stacked", replace(own, names=self.names), self.heads)
+        written = {self.prefix + name: tensor for name, tensor in written.items()}
+        theirs = model.state_dict()
+        absent = set(written) - set(theirs)
+        assert not any(written.pop(name).any() for name in absent)  # biases of 0 stand for those that it lacks
+        model.load_state_dict(theirs | written)
+        return set(theirs) & set(written)
+
+    def asked(self, model, **options):
+        "What the first attention read and gave while the whole model ran."
+        seen = {}
+
+        def note_input(module, args, kwargs):
+            seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        def note_output(module, args, output):
+            seen["y"] = output[0] if isinstance(output, tuple) else output
+        hooks = [model.get_submodule((self.prefix + self.reads).rstrip(".")).register_forward_pre_hook(
+                     note_input, with_kwargs=True),
+                 model.get_submodule((self.prefix + self.gives).rstrip(".")).register_forward_hook(note_output)]
+        with torch.no_grad():
+            model(input_ids=torch.randint(1, 11, (s.b, s.n)), **options)
+        for hook in hooks:
+            hook.remove()
+        return seen["x"], seen["y"]
+
+
+def sizes(width=WIDE, **more):
+    return dict(hidden_size=width, num_attention_heads=s.h, num_hidden_layers=1, intermediate_size=10,
+                max_position_embeddings=16) | more
+
+
+GPT = dict(n_embd=WIDE, n_head=s.h, n_layer=1, n_positions=16)
+FALCON = dict(hidden_size=WIDE, num_attention_heads=s.h, num_hidden_layers=1, bias=True)
+CONV = dict(qkv="c_attn", o="c_proj")
+FUSED = dict(qkv="query_key_value", o="dense")
+SPLIT = dict(q="q_proj", k="k_proj", v="v_proj", o="o_proj")
+BERT = dict(q="self.query", k="self.key", v="self.value", o="output.dense")
+HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+
+MODELS = {
+    "GPT-2": Model("GPT2Model", EQUAL, "conv1d", CONV, "h.0.attn.", GPT),
+    "BERT": Model("BertModel", EQUAL, Dialect(BERT), BERT, "encoder.layer.0.attention.", sizes(),
+                  causal=False, reads="self", gives="output.dense"),
+    "GPT-NeoX": Model("GPTNeoXModel", EQUAL, "interleaved", FUSED, "layers.0.attention.",
+                      sizes(rope_parameters=HALF), Rotary(4)),
+    "Llama": Model("LlamaModel", GROUPED, "separate", SPLIT, "layers.0.self_attn.",
+                   sizes(24, num_key_value_heads=s.g, head_dim=s.d, attention_bias=True), Rotary(s.d)),
+    "Qwen2": Model("Qwen2Model", GROUPED, "separate", SPLIT, "layers.0.self_attn.",    # no bias of the output
+                   sizes(num_key_value_heads=s.g), Rotary(s.d)),
+    "Whisper": Model("WhisperDecoder", EQUAL, "separate", SPLIT | {"o": "out_proj"},   # no bias of the keys
+                     "layers.0.self_attn.", dict(d_model=WIDE, decoder_layers=1, decoder_attention_heads=s.h,
+                                                 decoder_ffn_dim=10, max_target_positions=16),
+                     config_kind="WhisperConfig"),
+    "Falcon-40B": Model("FalconModel", GROUPED, "grouped", FUSED, "h.0.self_attention.",
+                        FALCON | dict(new_decoder_architecture=True, num_kv_heads=s.g), Rotary(s.d)),
+    "Falcon-7B": Model("FalconModel", SHARED, "multi_query", FUSED, "h.0.self_attention.",
+                       FALCON | dict(multi_query=True), Rotary(s.d)),
+    "Falcon-RW": Model("FalconModel", EQUAL, "interleaved", FUSED, "h.0.self_attention.",
+                       FALCON | dict(multi_query=False), Rotary(s.d)),
+    "StarCoder": Model("GPTBigCodeModel", SHARED, "multi_query", CONV, "h.0.attn.", GPT | dict(multi_query=True)),
+    "BigCode": Model("GPTBigCodeModel", EQUAL, "interleaved", CONV, "h.0.attn.", GPT | dict(multi_query=False)),
+    "Phi-3": Model("Phi3Model", GROUPED, "stacked", dict(qkv="qkv_proj", o="o_proj"), "layers.0.self_attn.",
+                   sizes(num_key_value_heads=s.g), Rotary(s.d)),
+}
+EVERY_MODEL = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+
+
+@EVERY_MODEL
+def test_their_weights_give_their_outputs(case):
+    model = case.build()
+    x, y = case.asked(model)
+    close(case.layer(model)(x, is_causal=case.causal), y)
+
+
+@EVERY_MODEL
+def test_our_weights_give_our_outputs_there(case):
+    model = case.build()
+    layer = case.layer(model)
+    _, before = case.asked(model)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(torch.randn_like(parameter))   # what was 0, for the library has no such bias, remains 0
+    expected = {name for name in model.state_dict() for own in case.names.values()
+                if name.startswith(f"{case.prefix}{own}.")}
+    assert case.write(layer, model) == expected
+    x, y = case.asked(model)
+    close(layer(x, is_causal=case.causal), y)
+    assert not torch.allclose(before, y)
+
+
+FUSED_MODELS = {name: case for name, case in MODELS.items() if "qkv" in case.names}
+
+
+@pytest.mark.parametrize("case", FUSED_MODELS.values(), ids=FUSED_MODELS)
+def test_the_dialect_of_a_fused_tensor_is_found(case):
+    model = case.build()
+    x, y = case.asked(model)
+    errors = guess_dialect(case.weights(model), case.heads, x, y, prefix=case.prefix, is_causal=case.causal,
+                           position=case.position)
+    _, g, _ = case.heads
+    same = {name for name in errors if g == 1 or DIALECTS[name].order == DIALECTS[case.dialect].order}
+    assert case.dialect in same and all(errors[name] < 1e-10 for name in same)   # with one group all orders are one
+    assert all(errors[name] > 0.01 for name in set(errors) - same)
+    assert list(errors.values()) == sorted(errors.values())
+    assert g == 1 or case.dialect == "conv1d" or len(errors) > len(same)        # and something wrong was tried
+
+
+# Keras and Flax
+
+
+class Keras:
+    "A layer of Keras, in float64, on torch."
+    dialect = replace(DIALECTS["kernels"], names=DIALECTS["kernels"].names | {"o": "attention_output"},
+                      weight="{}/kernel", bias="{}/bias")
+
+    def __init__(self, heads, width, context_width, bias):
+        keras = library("keras")
+        if keras.backend.backend() != "torch":
+            pytest.skip("needs KERAS_BACKEND=torch")
+        h, g, d = heads
+        options = dict(use_bias=bias, dtype="float64")
+        self.layer = (keras.layers.MultiHeadAttention(h, d, **options) if h == g
+                      else keras.layers.GroupQueryAttention(d, h, g, **options))
+        self.layer.build((None, None, width), (None, None, context_width))
+        self.weights = {weight.path.split("/", 1)[1]: weight for weight in self.layer.weights}
+        self.load({name: random(*weight.shape) * 0.3 for name, weight in self.weights.items()})
+
+    def state(self):
+        return {name: weight.value.detach() for name, weight in self.weights.items()}
+
+    def load(self, state):
+        assert set(state) == set(self.weights)
+        for name, weight in self.weights.items():
+            weight.assign(state[name])
+
+    def __call__(self, x, context, mask=None):
+        "Keras's fused kernel would round float64 to float32; it is not used where the weights are asked for."
+        return self.layer(x, context, attention_mask=mask, return_attention_scores=True)[0].detach()
+
+
+class Flax:
+    "A layer of Flax, in float64."
+    dialect = DIALECTS["kernels"]
+
+    def __init__(self, heads, width, context_width, bias):
+        jax, linen = library("jax"), library("flax.linen")
+        jax.config.update("jax_enable_x64", True)
+        h, _, d = heads
+        self.numpy, self.util = jax.numpy, library("flax.traverse_util")
+        self.layer = linen.MultiHeadDotProductAttention(h, qkv_features=h * d, use_bias=bias,
+                                                        param_dtype=jax.numpy.float64)
+        shapes = (jax.numpy.zeros((1, 1, size)) for size in (width, context_width))
+        params = self.util.flatten_dict(self.layer.init(jax.random.key(0), *shapes)["params"], sep=".")
+        self.load({name: random(*array.shape) * 0.3 for name, array in params.items()})
+
+    def state(self):
+        return {name: torch.tensor(array.tolist(), dtype=torch.float64) for name, array in self.params.items()}
+
+    def load(self, state):
+        self.params = {name: self.numpy.asarray(tensor.numpy()) for name, tensor in state.items()}
+
+    def __call__(self, x, context, mask=None):
+        arrays = [self.numpy.asarray(t.numpy()) for t in (x, context)]
+        mask = None if mask is None else self.numpy.asarray(mask.numpy())
+        params = {"params": self.util.unflatten_dict(self.params, sep=".")}
+        return torch.tensor(self.layer.apply(params, *arrays, mask=mask).tolist(), dtype=torch.float64)
+
+
+LAYERS = pytest.mark.parametrize("kind, heads", [(Keras, EQUAL), (Keras, GROUPED), (Flax, EQUAL)],
+                                 ids=["Keras", "Keras-grouped", "Flax"])
+
+
+@LAYERS
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [s.e, 11])
+def test_kernels_are_read_and_written(kind, heads, width, bias):
+    theirs = kind(heads, s.e, width, bias)
+    x, context = random(s.b, s.n, s.e), random(s.b, s.m, width)
+    layer = from_state_dict(theirs.state(), heads, "kernels")
+    close(layer(x, context), theirs(x, context))
+    fill(layer.parameters())
+    own = "stacked" if width == s.e else Dialect(dict(q="in_proj", kv="context_proj", o="out_proj"))
+    theirs.load(convert_layout(layer.state_dict(), own, kind.dialect, heads))
+    close(layer(x, context), theirs(x, context))
+
+
+# Masks
+
+
+def ask_kernel(call):
+    "What a function answers to its own mask, and what ours answers to ours."
+    def ask(mask, theirs, m):
+        q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.g, m, s.d), random(s.b, s.g, m, s.d)
+        return call(q, k, v, theirs), attention(q, k, v, mask=mask)
+    return ask
+
+
+def sdpa(q, k, v, mask, **options):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True, **options)
+
+
+def onnx(q, k, v, mask, **options):
+    return torch.onnx.ops.attention(q, k, v, mask, **options)[0]
+
+
+def ask_layer(kind):
+    "The same for a layer of Keras or Flax."
+    def ask(mask, theirs, m):
+        layer = kind(EQUAL, s.e, s.e, True)
+        x, context = random(s.b, s.n, s.e), random(s.b, m, s.e)
+        return layer(x, context, theirs), from_state_dict(layer.state(), EQUAL, "kernels")(x, context, mask=mask)
+    return ask
+
+
+def ask_torch(name):
+    "The same for torch's layer, which takes its mask under this name."
+    def ask(mask, theirs, m):
+        layer = torch.nn.MultiheadAttention(WIDE, s.h, batch_first=True, dtype=torch.float64)
+        fill(layer.parameters())
+        x, context = random(s.b, s.n, WIDE), random(s.b, m, WIDE)
+        return layer(x, context, context, **{name: theirs})[0], from_torch(layer)(x, context, mask=mask)
+    return ask
+
+
+def ask_transformers(mask, theirs, m):
+    "The same for a whole BERT, of which its first attention is asked."
+    case = MODELS["BERT"]
+    model = case.build()
+    x, y = case.asked(model, attention_mask=theirs)
+    return y, case.layer(model)(x, mask=mask)
+
+
+ASK = {"sdpa": ask_kernel(sdpa), "onnx": ask_kernel(onnx), "keras": ask_layer(Keras), "flax": ask_layer(Flax),
+       "torch": ask_torch("attn_mask"), "torch_padding": ask_torch("key_padding_mask"),
+       **dict.fromkeys(["transformers_eager", "transformers_sdpa", "transformers_padding"], ask_transformers)}
+KINDS = {"one for all": "n m", "per head": "h n m", "per sentence": "b 1 n m", "both": "b h n m", "padding": "b 1 1 m"}
+
+
+def mask_of(axes, m, share=0.5):
+    "A random mask of this book; every query sees the first key at least."
+    mask = torch.rand([{"b": s.b, "h": s.h, "n": s.n, "m": m, "1": 1}[axis] for axis in axes.split()]) < share
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("kind, dialect", [(kind, dialect) for kind in KINDS for dialect in ASK
+                                           if kind == "padding" or "padding" not in dialect])
+def test_a_converted_mask_says_the_same_there(kind, dialect):
+    m = s.n if "transformers" in dialect else s.m
+    mask = mask_of(KINDS[kind], m)
+    other = mask & mask_of(KINDS[kind], m)
+    theirs, others = (convert_mask(one, "mha_book", dialect, (s.b, s.h, s.n, m), dtype=torch.float64)
+                      for one in (mask, other))
+    close(*ASK[dialect](mask, theirs, m))
+    with pytest.raises(AssertionError):                                # and another mask does not
+        close(*ASK[dialect](mask, others, m))
+
+
+def test_every_library_is_asked():
+    assert set(ASK) == set(MASK_DIALECTS) - {"mha_book"}
+
+
+@pytest.mark.parametrize("dialect", ["sdpa", "onnx", "keras", "flax", "torch"])
+def test_causality_travels_as_a_mask(dialect):
+    causal = causal_mask(s.n, s.m)                                     # aligned at the end, as everywhere here
+    both = causal & mask_of("b 1 n m", s.m, 0.9)
+    for mask in (causal, both):
+        close(*ASK[dialect](mask, convert_mask(mask, "mha_book", dialect, (s.b, s.h, s.n, s.m)), s.m))
+
+
+@pytest.mark.parametrize("call", [sdpa, onnx])
+def test_their_own_causality_begins_at_the_first_key(call):
+    for m in (s.n, s.m):
+        q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, m, s.d), random(s.b, s.h, m, s.d)
+        got = call(q, k, v, None, is_causal=True)
+        close(got, attention(q, k, v, mask=torch.ones(s.n, m, dtype=torch.bool).tril()))
+        assert torch.allclose(got, attention(q, k, v, is_causal=True)) == (m == s.n)
+
+
+def random_rows(*shape):
+    "A mask of three axes, read in any way that its sizes allow."
+    mask = torch.rand(shape) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+def test_three_axes_mean_heads_to_the_kernel():
+    mask, shape = random_rows(4, s.n, s.m), (4, 4, s.n, s.m)
+    q, k, v = random(4, 4, s.n, s.d), random(4, 4, s.m, s.d), random(4, 4, s.m, s.d)
+    close(sdpa(q, k, v, mask), attention(q, k, v, mask=mask[None]))
+    assert torch.equal(convert_mask(mask, "sdpa", "flax", shape), mask[None].expand(shape))
+    assert not torch.allclose(sdpa(q, k, v, mask), attention(q, k, v, mask=mask[:, None]))
+
+
+def test_three_axes_mean_sentences_to_keras():
+    mask, shape, heads = random_rows(4, s.n, s.m), (4, 4, s.n, s.m), HeadLayout(4, 4, s.d)
+    keras, x, context = Keras(heads, s.e, s.e, True), random(4, s.n, s.e), random(4, s.m, s.e)
+    ours = from_state_dict(keras.state(), heads, "kernels")
+    close(keras(x, context, mask), ours(x, context, mask=mask[:, None]))
+    assert torch.equal(convert_mask(mask, "keras", "flax", shape), mask[:, None].expand(shape))
+    assert not torch.allclose(keras(x, context, mask), ours(x, context, mask=mask[None]))
+
+
+def test_three_axes_mean_both_to_torchs_layer():
+    mask = random_rows(4, s.n, s.m)                                    # two sentences of two heads each
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x, context = random(2, s.n, 8), random(2, s.m, 8)
+    pairs = torch.stack([torch.stack([mask[2 * i + a] for a in range(2)]) for i in range(2)])
+    close(layer(x, context, context, attn_mask=~mask)[0], from_torch(layer)(x, context, mask=pairs))
+    assert torch.equal(convert_mask(~mask, "torch", "flax", (2, 2, s.n, s.m)), pairs)

@@ -1,0 +1,171 @@
+"""Masks in other dialects: what each number of them says is written out by hand, and what cannot be said is refused."""
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_contracts import refused
+
+from mha_book.masks import MASK_DIALECTS, convert_mask
+
+settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("book")
+SMALLEST = torch.finfo(torch.float32).min
+
+# Where sentence s, head a, query i, key j stands (of h heads), in the order in which the forms are preferred
+FORMS = {
+    "b h n m": lambda s, a, i, j, h: (s, a, i, j), "h n m": lambda s, a, i, j, h: (a, i, j),
+    "b n m": lambda s, a, i, j, h: (s, i, j), "bh n m": lambda s, a, i, j, h: (s * h + a, i, j),
+    "n m": lambda s, a, i, j, h: (i, j), "b m": lambda s, a, i, j, h: (s, j), "m": lambda s, a, i, j, h: (j,),
+}
+# The forms of each dialect, what it says to show a key, and what to hide one
+SAID = {
+    "mha_book": (["b h n m", "h n m", "n m", "m"], True, False),
+    "sdpa": (["b h n m", "h n m", "n m", "m"], True, False),
+    "torch": (["n m", "bh n m"], False, True), "torch_padding": (["b m"], False, True),
+    "keras": (["b n m", "b h n m", "n m"], True, False), "flax": (["b h n m"], True, False),
+    "transformers": (["b h n m"], 0.0, SMALLEST), "transformers_padding": (["b m"], 1, 0),
+    "onnx": (["b h n m", "h n m", "n m"], True, False),
+}
+
+
+def carries(form, grid):
+    "Whether nothing differs along the axes that the form lacks."
+    return all((grid == grid.narrow(axis, 0, 1)).all() for axis, letter in enumerate("bhnm") if letter not in form)
+
+
+def write(dialect, form, grid):
+    "The mask b h n m in that form, number by number."
+    b, h, n, m = grid.shape
+    _, shown, hidden = SAID[dialect]
+    sizes = [math.prod({"b": b, "h": h, "n": n, "m": m}[letter] for letter in axis) for axis in form.split()]
+    mask = torch.full(sizes, 77, dtype=torch.tensor(shown).dtype)
+    for place in itertools.product(*map(range, grid.shape)):
+        mask[FORMS[form](*place, h)] = shown if grid[place] else hidden
+    return mask
+
+
+@st.composite
+def grids(draw):
+    "Who may look where, b h n m, the same along some of the axes."
+    sizes = [draw(st.integers(1, 3)) for _ in range(4)]
+    kept = [size if draw(st.booleans()) else 1 for size in sizes]
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    return (torch.rand(kept) < draw(st.sampled_from([0.0, 0.5, 1.0]))).expand(sizes)
+
+
+@given(grids())
+def test_every_number_says_the_same_in_every_dialect(grid):
+    for source, target in itertools.product(SAID, repeat=2):
+        wanted = next((form for form in SAID[target][0] if carries(form, grid)), None)
+        for form in SAID[source][0]:
+            if not carries(form, grid):
+                continue
+            mask = write(source, form, grid)
+            before = mask.clone()
+            if wanted is None:
+                differs = [axis for place, axis in enumerate("bhnm") if not carries("bhnm".replace(axis, ""), grid)]
+                with refused(ValueError, ", ".join(differs), *SAID[target][0]):
+                    convert_mask(mask, source, target, tuple(grid.shape))
+            else:
+                got = convert_mask(mask, source, target, tuple(grid.shape))
+                expected = write(target, wanted, grid)
+                assert got.dtype == expected.dtype and torch.equal(got, expected), (source, form, target)
+            assert torch.equal(mask, before)
+
+
+def test_all_dialects_are_tried():
+    assert set(SAID) == set(MASK_DIALECTS)
+
+
+def test_a_mask_that_says_otherwise_is_seen():
+    grid = torch.tensor([True, False, False])[:, None, None, None].expand(3, 2, 2, 2)
+    mask = write("torch_padding", "b m", grid)
+    assert not torch.equal(convert_mask(~mask, "torch_padding", "keras", (3, 2, 2, 2)), write("keras", "b n m", grid))
+    assert not torch.equal(convert_mask(mask.flip(0), "torch_padding", "keras", (3, 2, 2, 2)),
+                           write("keras", "b n m", grid))
+
+
+@given(grids(), st.sampled_from([name for name in SAID if "bool" in str(torch.tensor(SAID[name][1]).dtype)]))
+def test_an_axis_of_size_1_holds_for_all(grid, source):
+    for form in SAID[source][0]:
+        if carries(form, grid) and form != "bh n m":
+            mask = write(source, form, grid)
+            for axis, size in enumerate(mask.shape):
+                first = mask.narrow(axis, 0, 1)
+                if torch.equal(first.expand(mask.shape), mask):
+                    got = convert_mask(first, source, "flax", tuple(grid.shape))
+                    assert torch.equal(got, grid) and got.shape == grid.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_added_masks_in_any_dtype(dtype):
+    visible = torch.tensor([[[[True, False]]]])
+    added = convert_mask(visible, "flax", "transformers", (1, 1, 1, 2), dtype=dtype)
+    assert added.dtype == dtype and added.tolist() == [[[[0.0, torch.finfo(dtype).min]]]]
+    assert torch.equal(convert_mask(added, "transformers", "flax", (1, 1, 1, 2)), visible)
+    infinite = torch.tensor([[[[-0.0, -math.inf]]]], dtype=dtype)
+    assert torch.equal(convert_mask(infinite, "transformers", "flax", (1, 1, 1, 2)), visible)
+
+
+def test_the_default_dtype_is_torchs():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert convert_mask(torch.ones(2) > 0, "sdpa", "transformers", (1, 1, 1, 2)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float32])
+def test_ones_in_any_dtype(dtype):
+    real = torch.tensor([[1, 0], [1, 1]]).to(dtype)
+    got = convert_mask(real, "transformers_padding", "torch_padding", (2, 3, 5, 2))
+    assert got.tolist() == [[False, True], [False, False]]
+    assert convert_mask(got, "torch_padding", "transformers_padding", (2, 3, 5, 2)).dtype == torch.int64
+
+
+@pytest.mark.usefixtures("own_messages")
+class TestBadMasks:
+    SHAPE = 2, 6, 5, 7
+
+    @pytest.mark.parametrize("mask, source, error, words", [
+        (torch.ones(2, 1, 6, 5, 7) > 0, "sdpa", ValueError, ["'sdpa'", "5 axes", "b h n m"]),
+        (torch.ones(7) > 0, "keras", ValueError, ["'keras'", "1 axes", "b n m"]),
+        (torch.ones(2, 5, 7) > 0, "sdpa", ValueError, ["(2, 5, 7)", "h n m", "(6, 5, 7)"]),
+        (torch.ones(6, 5, 7) > 0, "keras", ValueError, ["(6, 5, 7)", "b n m", "(2, 5, 7)"]),
+        (torch.ones(2, 5, 7) > 0, "torch", ValueError, ["(2, 5, 7)", "bh n m", "(12, 5, 7)"]),
+        (torch.ones(7, 5) > 0, "torch", ValueError, ["(7, 5)", "n m", "(5, 7)"]),
+        (torch.ones(2, 5) > 0, "torch_padding", ValueError, ["(2, 5)", "b m", "(2, 7)"]),
+        (torch.ones(5, 7), "sdpa", TypeError, ["torch.bool", "float32", "may look", "'transformers'"]),
+        (torch.ones(5, 7, dtype=torch.int64), "torch", TypeError, ["torch.bool", "int64", "hidden"]),
+        (torch.ones(2, 6, 5, 7) > 0, "transformers", TypeError, ["floating point", "bool"]),
+        (torch.full((2, 1, 5, 7), -1e4), "transformers", ValueError, ["-10000.0", "bias"]),
+        (torch.full((2, 1, 5, 7), 1.0), "transformers", ValueError, ["1.0", "bias"]),
+        (torch.full((2, 1, 5, 7), math.nan), "transformers", ValueError, ["nan"]),
+        (torch.full((2, 1, 5, 7), SMALLEST, dtype=torch.float64), "transformers", ValueError, ["-3.4"]),
+        (torch.tensor([[1, 1, 1, 1, 1, 0, 2]]), "transformers_padding", ValueError, ["2 neither"]),
+        (torch.ones(5, 7) > 0, "pytorch", ValueError, ["'pytorch'", "sdpa", "torch_padding"])])
+    def test_masks_that_are_none(self, mask, source, error, words):
+        before = mask.clone()
+        with refused(error, *words):
+            convert_mask(mask, source, "mha_book", self.SHAPE)
+        assert torch.equal(mask.nan_to_num(5.0), before.nan_to_num(5.0))
+
+    def test_targets_that_do_not_exist(self):
+        with refused(ValueError, "'jax'", *MASK_DIALECTS):
+            convert_mask(torch.ones(5, 7) > 0, "sdpa", "jax", self.SHAPE)
+
+    @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 6, 5, 7, 1)])
+    def test_shapes_that_are_no_four_sizes(self, shape):
+        with refused(ValueError, "batch, query heads, queries, keys", str(shape)):
+            convert_mask(torch.ones(5, 7) > 0, "sdpa", "keras", shape)
+
+    @pytest.mark.parametrize("kept, target, words", [
+        ((1, 6, 1, 7), "torch_padding", ["h, m", "b m"]), ((2, 1, 5, 7), "transformers_padding", ["b, n, m", "b m"]),
+        ((1, 1, 5, 1), "torch_padding", ["along n;", "b m"])])
+    def test_what_the_target_cannot_say(self, kept, target, words):
+        mask = (torch.arange(math.prod(kept)) % 3 == 0).reshape(kept)
+        with refused(ValueError, *words):
+            convert_mask(mask, "mha_book", target, self.SHAPE)
