@@ -12,9 +12,8 @@ from .single_head import (
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
-from mha_book.layouts import (
-    Dialect, convert_layout, fitting_dialects, from_state_dict, from_torch, guess_dialect,
-    to_torch)
+from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
+from .layouts import from_state_dict, from_torch, to_torch
 from .masks import convert_mask
 from .gradients import gradient_report
 

@@ -20,6 +20,7 @@ from textwrap import fill
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -38,16 +39,16 @@ class Node:
 
 # %% ../nbs/05_gradients.ipynb #backward-graph
 def backward_graph(
-    tensor: Float[Tensor, "..."],       # where the gradient starts
-    names: Mapping[str, Tensor] = {},   # what to call the tensors at the ends
-) -> list[Node]:                        # breadth first, `tensor`'s own step first
+    tensor: Float[Tensor, "..."],                # where the gradient starts
+    names: Mapping[str, Tensor] | None = None,   # what to call the tensors at the ends
+) -> list[Node]:                                 # breadth first, `tensor`'s own step first
     """The chain of `grad_fn`s behind `tensor`, as data.
 
     Raises ValueError where there is none.
     """
     if tensor.grad_fn is None:
         raise ValueError("tensor has no grad_fn: no gradient goes back from it")
-    called = {t: name for name, t in names.items()}
+    called = {t: name for name, t in (names or {}).items()}
     steps = [tensor.grad_fn]
     for step in steps:    # the list grows while it is walked
         after = (other for other, _ in step.next_functions if other is not None)
@@ -125,8 +126,7 @@ def _reason_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
     "Each reason, and below it whom it concerns; v1 is part v of head 1."
     concerned = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        where = "" if row.part is None else f"{row.part}{row.head}"
-        concerned[row.reason][row.name].append(where)
+        concerned[row.reason][row.name].append(f"{row.part}{row.head}" if row.part else "")
     for reason, names in concerned.items():
         yield reason
         for name, parts in names.items():
@@ -163,11 +163,16 @@ class _Cuts(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
+        self.noted = {}                            # all cuts, in the order of time
         self.tensors = WeakTensorKeyDictionary()   # tensor -> the cuts behind it
         self.memory = {}                           # address -> those behind later writes
 
     def behind(self, tensor: Tensor) -> dict[_Cut, None]:
-        "The cuts that the numbers of `tensor` have come through, in the order of time."
+        """The cuts that the numbers of `tensor` have come through;
+        any, if they come out of an `autograd.Function`, for that shows none of its calls.
+        """
+        if tensor not in self.tensors and isinstance(tensor.grad_fn, BackwardCFunction):
+            self.tensors[tensor] = dict(self.noted)
         return self.tensors.get(tensor, {}) | self.memory.get(_address(tensor), {})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -177,10 +182,12 @@ class _Cuts(TorchFunctionMode):
         ways = _ways_back(inputs)    # taken now, for a write in place changes them
         out = func(*args, **(kwargs or {}))
         results = [t for t in _tensors(out) if t.is_floating_point() or t.is_complex()]
-        if not sources and results and not any(t.requires_grad for t in results):
-            kind, sources = "detached", [] if _only_shapes(name) else ways
+        only_shape = name.endswith("_like") or name.startswith("new_")
+        if not (sources or only_shape or any(t.requires_grad for t in results)) and results:
+            kind, sources = "detached", ways
         if sources:
-            behind[_Cut(kind, _place(sys._getframe(1)), sources)] = None
+            cut = _Cut(kind, _place(sys._getframe(1)), sources)
+            behind[cut] = self.noted[cut] = None
         for t in results:
             self.tensors[t] = behind
         if inputs and (out is None or out is inputs[0]):    # a write in place
@@ -214,14 +221,10 @@ def _ways_back(tensors: list[Tensor]) -> list[tuple[GradientEdge, Tensor]]:
     "Where the gradient of each tensor would go, with the tensor's numbers beside it."
     return [(get_gradient_edge(t), t.detach()) for t in tensors if t.requires_grad]
 
-# %% ../nbs/05_gradients.ipynb #cuts-only-shapes
-def _only_shapes(name: str) -> bool:
-    "Whether a call takes nothing but the shape of its input."
-    return name.endswith("_like") or name.startswith("new_")
-
 # %% ../nbs/05_gradients.ipynb #place
-_INSIDE = ("<@beartype", *(os.path.dirname(sys.modules[name].__file__) for name in
-                           ("torch", "jaxtyping", StackedProjections.__module__)))
+# torch, this package, and what wraps annotated functions where shapes are checked
+_INSIDE = ("<@beartype", *(os.path.dirname(sys.modules[name].__file__) + os.sep for name in
+                           ("torch", StackedProjections.__module__, "jaxtyping")))
 
 
 def _place(frame) -> str:
@@ -230,11 +233,11 @@ def _place(frame) -> str:
         frame = frame.f_back
     path, line = frame.f_code.co_filename, frame.f_lineno
     file = f" of {os.path.basename(path)}" if os.path.exists(path) else ""
-    source = linecache.getline(path, line).strip()
-    return f"{frame.f_code.co_name}, line {line}{file}: {source}"
+    return (f"{frame.f_code.co_name}, line {line}{file}: "
+            f"{linecache.getline(path, line).strip()}")
 
 # %% ../nbs/05_gradients.ipynb #watch
-def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]):
+def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]) -> tuple:
     """The loss; the cuts on the way to it; what each layer and its `out_proj` were given,
     call by call. No hook is left behind.
     """
@@ -322,8 +325,8 @@ class _Inquiry:
         found = any(p in self.gradients for p, _ in pieces)
         reason = ("no grad_fn: the loss has no graph" if not self.has_graph
                   else "zero on every path" if found else "not used by this loss")
-        more = "; pass the loss as a function, and the report looks for the place"
-        return reason + (more if self.calls is None else "")
+        return reason + ("" if self.calls is not None else
+                         "; pass the loss as a function, and the report looks where")
 
     def shut(self, layer: StackedProjections, head: int) -> str | None:
         "Why a head contributes nothing, where it contributes nothing."
@@ -334,8 +337,8 @@ class _Inquiry:
                 if not any(p[at].any() for p, at in pieces)]
         if zero:
             return f"inert: its {' and '.join(zero)} are 0"
-        known = type(layer).forward is MultiHeadAttention.forward and calls.get(layer)
-        if known and not any(_sees(layer, *args, **kwargs)[head] for args, kwargs in known):
+        own = type(layer).forward is MultiHeadAttention.forward and calls.get(layer)
+        if own and not any(_sees(layer, *args, **kwargs)[head] for args, kwargs in own):
             return "masked everywhere: no query of this head may look at any key"
         merged = [args[0].unflatten(-1, (h, -1))[..., head, :]
                   for args, _ in calls.get(layer.out_proj, ())]
@@ -345,15 +348,14 @@ class _Inquiry:
                 or "gate closed: its output is 0 when it comes to out_proj")
 
     def cut(self, pieces, *kinds: str) -> str | None:
-        "The first cut of these kinds but for which gradient could come to `pieces`."
-        for cut, flow in self.flows:
-            hit = any(p in flow and flow[p][at].any() for p, at in pieces)
-            if hit and cut.kind in kinds:
-                return str(cut)
-        return None
+        """The last cut of these kinds that gradient for `pieces` could come through;
+        those before it may have left another way open.
+        """
+        return next((str(cut) for cut, flow in reversed(self.flows) if cut.kind in kinds
+                     and any(p in flow and flow[p][at].any() for p, at in pieces)), None)
 
 # %% ../nbs/05_gradients.ipynb #rows
-def _rows(inquiry: _Inquiry, name: str, layer: StackedProjections) -> Iterator[Gradient]:
+def _head_rows(inquiry: _Inquiry, name: str, layer: StackedProjections) -> Iterator:
     "A row for each part of each head of `layer`."
     h, g, _ = layer.layout
     for part, count in zip("qkvo", (h, g, g, h)):
@@ -381,7 +383,7 @@ def gradient_report(
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
         _check_report(module, watched[0])
         inquiry = _Inquiry(module, *watched)
-        heads = [row for item in layers.items() for row in _rows(inquiry, *item)]
+        heads = [row for item in layers.items() for row in _head_rows(inquiry, *item)]
         owner = {p: (layer, range(layer.layout.num_heads)) for layer in layers.values()
                  for part in "qkvo" for p, _ in _pieces(layer, part, 0)}
         parameters = [inquiry.row(name, None, None, [(p, ...)], *owner.get(p, (None, ())))

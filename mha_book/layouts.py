@@ -34,20 +34,20 @@ class Dialect:
     """
 
     names: dict[str, str]      # which parts share a tensor, in order, and its name
-    axes: str = "hd e"          # of the weights of q, k and v
-    out_axes: str = "e hd"      # of the output projection, o
+    axes: str = "hd e"         # of the weights of q, k and v
+    out_axes: str = "e hd"     # of the output projection, o
     order: str = "parts"       # "parts": all q, all k, all v; "groups": group by group
     kv_heads: str = "any"      # what it can carry: "equal" means g = h, "one" g = 1
     weight: str = "{}.weight"  # how a name becomes that of a weight
     bias: str = "{}.bias"      # and that of a bias
 
     def __post_init__(self):
-        if sorted("".join(self.names)) != sorted("qkvo"):
+        names = set(self.names.values())
+        if sorted("".join(self.names)) != sorted("qkvo") or len(names) < len(self.names):
             raise ValueError(f"names must hold q, k, v and o once each, got {self.names}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of "
-                                 f"{', '.join(choices)}")
+                raise ValueError(f"{field}={getattr(self, field)!r} is none of {choices}")
 
 # %% ../nbs/04_layouts.ipynb #dialects
 DIALECTS = {
@@ -204,8 +204,8 @@ def _find(weights: dict[str, Tensor], dialect: Dialect, heads: HeadLayout) -> di
             _check_saved(tensor, heads)
             continue
         if name not in known:
-            raise ValueError(f"{name} is none of {', '.join(dialect.names.values())}: pass these "
-                             f"alone, and load what else the layer needs into it yourself")
+            raise ValueError(f"{name} is none of {', '.join(dialect.names.values())}: pass "
+                             f"these alone, and load what else the layer needs yourself")
         if known[name] in found:
             raise ValueError(f"{name} is a second {known[name][1]} for {known[name][0]}; "
                              f"pass the weights of one layer")
@@ -440,7 +440,7 @@ def guess_dialect(
         layer = from_state_dict(state, heads, name, prefix=prefix, position=position)
         answer = layer(x, context, is_causal=is_causal)
         if answer.shape != y.shape or not y.any():
-            raise ValueError(f"y has shape {tuple(y.shape)} and largest number {y.abs().max()};"
-                             f" needed: shape {tuple(answer.shape)}, and not only zeros")
+            raise ValueError(f"y has shape {tuple(y.shape)} and at most {y.abs().max()}; "
+                             f"needed: shape {tuple(answer.shape)}, and not only zeros")
         errors[name] = ((answer - y).abs().max() / y.abs().max()).item()
     return dict(sorted(errors.items(), key=lambda item: item[1]))

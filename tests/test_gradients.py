@@ -1,5 +1,6 @@
 """Gradients through every option of the layer, and the instruments that look at them."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,7 +211,15 @@ def test_sparse_and_complex_gradients_are_measured():
 
     odd = Odd()
     report = gradient_report(odd, lambda: (odd.table(torch.tensor([1, 1, 4])) * odd.turn).abs().sum())
-    assert all(row.norm > 0 for row in report.parameters)
+    (odd.table(torch.tensor([1, 1, 4])) * odd.turn).abs().sum().backward()
+    for row, p in zip(report.parameters, odd.parameters()):
+        assert row.norm == pytest.approx(p.grad.to_dense().norm().item(), rel=1e-6)
+
+
+def test_an_infinite_gradient_is_not_finite_either():
+    module = nn.ParameterList([torch.tensor([0.0, 1.0, 4.0])])
+    report = gradient_report(module, lambda: module[0].sqrt().sum())
+    assert [row.reason for row in report.not_finite] == ["not finite: 1 of 3"]
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_counted():
@@ -265,7 +274,8 @@ def under_no_grad(z):
 
 CUTS = {
     "detached at": [lambda z: z.detach(), lambda z: z.data, lambda z: z.clone().detach_(), under_no_grad,
-                    lambda z: torch.as_tensor(z).detach().mul(2), lambda z: torch.tensor(z.detach())],
+                    lambda z: torch.as_tensor(z).detach().mul(2), lambda z: torch.tensor(z.detach()),
+                    lambda z: torch.view_as_complex(z.unflatten(-1, (-1, 2))).detach().real.repeat(1, 1, 2)],
     "overwritten at": [lambda z: z.zero_(), lambda z: z.fill_(0.0), lambda z: z.copy_(torch.zeros(s.d)),
                        lambda z: z.__setitem__(..., 0.0), lambda z: z.__setitem__((slice(None), 0), 3.0)],
 }
@@ -332,6 +342,9 @@ def test_a_frozen_head_says_so():
     layer.out_proj.requires_grad_(False)
     found = reasons(layer, layer(tokens()).square().sum())
     assert found.keys() == parts("o")
+    hidden = torch.zeros(s.n, s.n, dtype=torch.bool)
+    found = reasons(layer, lambda: layer(tokens(), mask=hidden).sum())
+    assert found["q0"].startswith("masked everywhere") and found["o0"].startswith("frozen")
 
 
 def test_a_loss_without_a_graph_says_so():
@@ -339,7 +352,7 @@ def test_a_loss_without_a_graph_says_so():
     with torch.no_grad():
         loss = layer(x).sum()
     why = "no grad_fn: the loss has no graph"
-    hint = "; pass the loss as a function, and the report looks for the place"
+    hint = "; pass the loss as a function, and the report looks where"
     assert set(reasons(layer, loss).values()) == {why + hint}
     assert set(reasons(layer, lambda: torch.zeros(())).values()) == {why}
     found = reasons(layer, lambda: under_no_grad(layer(x)).sum())  # and where, if there is a place
@@ -379,8 +392,10 @@ def test_a_head_that_is_masked_everywhere_says_so(kind):
     found = reasons(layer, lambda: layer(x, **options).square().mean())
     assert found.keys() == parts("qkvo", heads=heads)
     assert {why.split(":")[0] for why in found.values()} == {"masked everywhere"}
-    # in one of two calls it sees something: then it is not silent
+    # in one of two calls it sees something: then it is not silent, or silent for another reason
     assert reasons(layer, lambda: (layer(x, **options) + layer(x)).square().mean()) == {}
+    found = reasons(layer, lambda: (layer(x, **options) + layer(x).detach()).square().mean())
+    assert all(found[f"{part}{i}"].startswith("detached at") for part in "qkvo" for i in heads)
 
 
 def test_shared_keys_are_silent_only_if_all_their_queries_are():
@@ -394,7 +409,7 @@ def test_shared_keys_are_silent_only_if_all_their_queries_are():
 
 def test_a_closed_gate_says_so():
     layer, x = plugged(lambda z: z * 0.0), tokens()
-    found = reasons(layer, lambda: layer(x).square().mean())
+    found = reasons(layer, lambda: layer(x, bias=-torch.ones(s.n, s.n)).square().mean())  # hides nothing
     assert found.keys() == parts("qkvo", heads=[1])
     assert {why.split(":")[0] for why in found.values()} == {"gate closed"}
 
@@ -421,13 +436,18 @@ def test_a_parameter_of_silent_heads_has_their_reason():
     assert silent == {name: "masked everywhere" for name in ("in_proj.weight", "in_proj.bias", "out_proj.weight")}
 
 
+def test_a_call_that_takes_only_a_shape_is_no_cut():
+    layer, x = plugged(lambda z: z.round() + torch.zeros_like(z) + z.new_ones(1)), tokens()
+    assert reasons(layer, lambda: layer(x).square().mean())["v1"] == "zero on every path"
+
+
 def test_a_harmless_detach_is_not_blamed():
     seen = []
 
     def log(q, k, v, **options):
         seen.append(q.detach().norm().item())
-        top = (q @ k.mT).max().detach()  # used in the loss, and no cut of a path
-        return attention(q, k, v + 0 * top, **options) * torch.tensor([1.0, 0.0]).repeat(s.h // 2).view(-1, 1, 1)
+        mean = (q * k * v).mean().detach()  # used in the loss, on a way beside the head's own
+        return attention(q, k, v + mean, **options) * torch.tensor([1.0, 0.0]).repeat(s.h // 2).view(-1, 1, 1)
 
     layer, x = sample(attend=log), tokens()
     found = reasons(layer, lambda: layer(x).square().mean())
@@ -441,11 +461,60 @@ def test_a_harmless_detach_is_not_blamed():
 
     assert reasons(layer, logged)["v1"] == "zero on every path"
 
+    def beside(q, k, v, **options):
+        z = attention(q, k, v, **options)
+        rest = z[:, :1].detach().mean()  # a cut on the way to the loss, of another head
+        return torch.cat([z[:, :1] + rest, z[:, 1:2].round(), z[:, 2:]], dim=1)
 
-def test_the_first_of_two_cuts_is_named():
-    layer, x = plugged(lambda z: under_no_grad(z.detach())), tokens()
+    layer.attend = beside
+    assert reasons(layer, lambda: layer(x).square().mean())["v1"] == "zero on every path"
+
+
+def test_of_two_cuts_the_last_is_named():
+    def stable(q, k, v, **options):
+        logits = q @ k.mT
+        powers = (logits - logits.amax(-1, keepdim=True).detach()).exp()  # cuts one of two ways
+        z = powers / powers.sum(-1, keepdim=True) @ v
+        return torch.cat([z[:, :1], under_no_grad(z[:, 1:2]), z[:, 2:]], dim=1)
+
+    layer, x = sample(attend=stable), tokens()
     found = reasons(layer, lambda: layer(x).square().mean())
-    assert all("detached at <lambda>" in why for why in found.values())
+    assert found.keys() == parts("qkv", heads=[1])
+    assert all("detached at under_no_grad" in why for why in found.values())
+    # and of two in a row the one that was on the head's way: nothing could come through the other
+    layer.attend = plugged(lambda z: under_no_grad(z.detach())).attend
+    assert all("detached at <lambda>" in why for why in reasons(layer, lambda: layer(x).sum()).values())
+
+
+def test_only_torch_itself_is_passed_over_on_the_way_to_the_line():
+    folder = Path(torch.__file__).parent
+    for file, named in ((folder / "nowhere.py", "<lambda>"), (f"{folder}vision/rope.py", "turn")):
+        space = {}
+        exec(compile("def turn(z):\n    return z.detach()", file, "exec"), space)
+        layer, x = plugged(lambda z: space["turn"](z)), tokens()
+        found = reasons(layer, lambda: layer(x).sum())
+        assert all(why.startswith(f"detached at {named}, line ") for why in found.values())
+
+
+class Kernel(torch.autograd.Function):
+    "A kernel of somebody's own, of which torch sees nothing but what comes out."
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.from_numpy(attention(q, k, v).numpy())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            return torch.autograd.grad(attention(*leaves), leaves, upstream)
+
+
+def test_a_cut_before_a_custom_function_is_found():
+    layer, x = sample(attend=lambda q, k, v, **options: Kernel.apply(q, k.detach(), v)), tokens()
+    found = reasons(layer, lambda: layer(x).square().mean())
+    assert found.keys() == parts("k") and all("k.detach()" in why for why in found.values())
 
 
 def test_checkpointing_that_cuts_is_found_and_the_other_kind_cuts_nothing():
@@ -593,10 +662,10 @@ def test_freed_graphs_do_not_share_memory():
     x = torch.randn(100, requires_grad=True)
 
     def call():
-        for _ in range(3):
+        for _ in range(20):
             (x * 2).sin()  # dropped at once: its memory could be used again
 
-    assert sum(t.bytes for t in saved_tensors(call)) == 3 * 400
+    assert sum(t.bytes for t in saved_tensors(call)) == 20 * 400
 
 
 def test_what_a_custom_function_keeps_is_named():
@@ -613,11 +682,13 @@ def test_what_a_custom_function_keeps_is_named():
 OPERATIONS = {
     "view": lambda x: x.view(6, 4), "transpose": lambda x: x.transpose(0, 1), "t": lambda x: x[0].t(),
     "select": lambda x: x[0], "slice": lambda x: x[:, 1:], "expand": lambda x: x[:, :, :1].expand(2, 3, 9),
-    "split": lambda x: x.split([1, 2], dim=1)[1], "unbind": lambda x: x.unbind(0)[1], "permute": lambda x: x.permute(2, 0, 1),
-    "unsqueeze": lambda x: x[None], "diagonal": lambda x: x.diagonal(dim1=0, dim2=1), "detached copy": lambda x: x.clone(),
-    "mul": lambda x: x * 2, "add": lambda x: x + 1, "softmax": lambda x: x.softmax(-1), "cat": lambda x: torch.cat([x, x]),
-    "index": lambda x: x[torch.tensor([1, 0])], "matmul": lambda x: x @ x.mT, "sum": lambda x: x.sum(),
-    "masked_fill": lambda x: x.masked_fill(x > 0, 0.0), "contiguous": lambda x: x.mT.contiguous(), "gelu": F.gelu,
+    "split": lambda x: x.split([1, 2], dim=1)[1], "unbind": lambda x: x.unbind(0)[1],
+    "permute": lambda x: x.permute(2, 0, 1), "unsqueeze": lambda x: x[None], "diagonal": lambda x: x.diagonal(),
+    "alias": lambda x: torch.ops.aten._reshape_alias(x, [6, 4], [4, 1]), "clone": lambda x: x.clone(),
+    "mul": lambda x: x * 2, "add": lambda x: x + 1, "softmax": lambda x: x.softmax(-1), "gelu": F.gelu,
+    "cat": lambda x: torch.cat([x, x]), "index": lambda x: x[torch.tensor([1, 0])], "matmul": lambda x: x @ x.mT,
+    "sum": lambda x: x.sum(), "masked_fill": lambda x: x.masked_fill(x > 0, 0.0), "half": lambda x: x.half(),
+    "contiguous": lambda x: x.mT.contiguous(),
 }
 
 

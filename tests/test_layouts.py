@@ -218,6 +218,7 @@ def own_place(dialect, heads, part, i, r, c):
     return form.format(f"the_{shared}"), tuple(axis for axis in index if axis is not None)
 
 
+@settings(max_examples=100)
 @given(numbers(), own_dialects())
 def test_a_dialect_of_ones_own(problem, dialect):
     widths = {shared: {problem.weights[part].shape[2] for part in shared} for shared in dialect.names}

@@ -82,11 +82,11 @@ class Model:
     gives: str = ""         # which one gives the output
     config_kind: str = ""
 
-    def build(self):
+    def build(self, **config):
         transformers = library("transformers")
         transformers.logging.set_verbosity_error()
         config_kind = self.config_kind or self.kind.replace("Model", "Config")
-        config = getattr(transformers, config_kind)(vocab_size=11, pad_token_id=0, **self.config)
+        config = getattr(transformers, config_kind)(vocab_size=11, pad_token_id=0, **self.config | config)
         where = {"WhisperDecoder": "transformers.models.whisper.modeling_whisper"}.get(self.kind, "transformers")
         model = getattr(importlib.import_module(where), self.kind)(config).double().eval()
         fill(model.parameters())
@@ -328,17 +328,20 @@ def ask_torch(name):
     return ask
 
 
-def ask_transformers(mask, theirs, m):
+def ask_transformers(implementation):
     "The same for a whole BERT, of which its first attention is asked."
-    case = MODELS["BERT"]
-    model = case.build()
-    x, y = case.asked(model, attention_mask=theirs)
-    return y, case.layer(model)(x, mask=mask)
+    def ask(mask, theirs, m):
+        case = MODELS["BERT"]
+        model = case.build(attn_implementation=implementation)
+        x, y = case.asked(model, attention_mask=theirs)
+        return y, case.layer(model)(x, mask=mask)
+    return ask
 
 
 ASK = {"sdpa": ask_kernel(sdpa), "onnx": ask_kernel(onnx), "keras": ask_layer(Keras), "flax": ask_layer(Flax),
        "torch": ask_torch("attn_mask"), "torch_padding": ask_torch("key_padding_mask"),
-       **dict.fromkeys(["transformers_eager", "transformers_sdpa", "transformers_padding"], ask_transformers)}
+       "transformers_eager": ask_transformers("eager"), "transformers_sdpa": ask_transformers("sdpa"),
+       "transformers_padding": ask_transformers("sdpa")}
 KINDS = {"one for all": "n m", "per head": "h n m", "per sentence": "b 1 n m", "both": "b h n m", "padding": "b 1 1 m"}
 
 
@@ -390,21 +393,24 @@ def random_rows(*shape):
     return mask
 
 
-def test_three_axes_mean_heads_to_the_kernel():
+@pytest.mark.parametrize("call, dialect", [(sdpa, "sdpa"), (onnx, "onnx")])
+def test_three_axes_mean_heads_to_a_kernel(call, dialect):
     mask, shape = random_rows(4, s.n, s.m), (4, 4, s.n, s.m)
     q, k, v = random(4, 4, s.n, s.d), random(4, 4, s.m, s.d), random(4, 4, s.m, s.d)
-    close(sdpa(q, k, v, mask), attention(q, k, v, mask=mask[None]))
-    assert torch.equal(convert_mask(mask, "sdpa", "flax", shape), mask[None].expand(shape))
-    assert not torch.allclose(sdpa(q, k, v, mask), attention(q, k, v, mask=mask[:, None]))
+    close(call(q, k, v, mask), attention(q, k, v, mask=mask[None]))
+    assert torch.equal(convert_mask(mask, dialect, "mha_book", shape), mask[None].expand(shape))
+    assert not torch.allclose(call(q, k, v, mask), attention(q, k, v, mask=mask[:, None]))
 
 
-def test_three_axes_mean_sentences_to_keras():
+@pytest.mark.parametrize("kind, dialect, place", [(Keras, "keras", 1), (Flax, "flax", 0)])
+def test_three_axes_mean_sentences_to_keras_and_heads_to_flax(kind, dialect, place):
     mask, shape, heads = random_rows(4, s.n, s.m), (4, 4, s.n, s.m), HeadLayout(4, 4, s.d)
-    keras, x, context = Keras(heads, s.e, s.e, True), random(4, s.n, s.e), random(4, s.m, s.e)
-    ours = from_state_dict(keras.state(), heads, "kernels")
-    close(keras(x, context, mask), ours(x, context, mask=mask[:, None]))
-    assert torch.equal(convert_mask(mask, "keras", "flax", shape), mask[:, None].expand(shape))
-    assert not torch.allclose(keras(x, context, mask), ours(x, context, mask=mask[None]))
+    theirs, x, context = kind(heads, s.e, s.e, True), random(4, s.n, s.e), random(4, s.m, s.e)
+    ours = from_state_dict(theirs.state(), heads, "kernels")
+    right, wrong = mask.unsqueeze(place), mask.unsqueeze(1 - place)
+    close(theirs(x, context, mask), ours(x, context, mask=right))
+    assert torch.equal(convert_mask(mask, dialect, "mha_book", shape), right.expand(shape))
+    assert not torch.allclose(theirs(x, context, mask), ours(x, context, mask=wrong))
 
 
 def test_three_axes_mean_both_to_torchs_layer():
@@ -414,3 +420,12 @@ def test_three_axes_mean_both_to_torchs_layer():
     pairs = torch.stack([torch.stack([mask[2 * i + a] for a in range(2)]) for i in range(2)])
     close(layer(x, context, context, attn_mask=~mask)[0], from_torch(layer)(x, context, mask=pairs))
     assert torch.equal(convert_mask(~mask, "torch", "flax", (2, 2, s.n, s.m)), pairs)
+
+
+@pytest.mark.parametrize("implementation, wrong", [("eager", "transformers_sdpa"), ("sdpa", "torch_padding")])
+def test_a_mask_in_another_models_words_is_no_mask(implementation, wrong):
+    shape, mask = (s.b, s.h, s.n, s.n), mask_of("b 1 1 m", s.n)
+    theirs = convert_mask(mask, "mha_book", wrong, shape)
+    theirs = theirs if implementation == "eager" else theirs.long()    # True is added as 1, or 1 is a real token
+    got, wanted = ask_transformers(implementation)(mask, theirs, s.n)
+    assert not torch.allclose(got, wanted)

@@ -25,8 +25,9 @@ SAID = {
     "mha_book": (["b h n m", "h n m", "n m", "m"], True, False),
     "sdpa": (["b h n m", "h n m", "n m", "m"], True, False),
     "torch": (["n m", "bh n m"], False, True), "torch_padding": (["b m"], False, True),
-    "keras": (["b n m", "b h n m", "n m"], True, False), "flax": (["b h n m"], True, False),
-    "transformers": (["b h n m"], 0.0, SMALLEST), "transformers_padding": (["b m"], 1, 0),
+    "keras": (["b n m", "b h n m", "n m"], True, False), "flax": (["b h n m", "h n m", "n m", "m"], True, False),
+    "transformers_eager": (["b h n m"], 0.0, SMALLEST), "transformers_sdpa": (["b h n m"], True, False),
+    "transformers_padding": (["b m"], 1, 0),
     "onnx": (["b h n m", "h n m", "n m"], True, False),
 }
 
@@ -103,17 +104,17 @@ def test_an_axis_of_size_1_holds_for_all(grid, source):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_added_masks_in_any_dtype(dtype):
     visible = torch.tensor([[[[True, False]]]])
-    added = convert_mask(visible, "flax", "transformers", (1, 1, 1, 2), dtype=dtype)
+    added = convert_mask(visible, "flax", "transformers_eager", (1, 1, 1, 2), dtype=dtype)
     assert added.dtype == dtype and added.tolist() == [[[[0.0, torch.finfo(dtype).min]]]]
-    assert torch.equal(convert_mask(added, "transformers", "flax", (1, 1, 1, 2)), visible)
+    assert torch.equal(convert_mask(added, "transformers_eager", "flax", (1, 1, 1, 2)), visible)
     infinite = torch.tensor([[[[-0.0, -math.inf]]]], dtype=dtype)
-    assert torch.equal(convert_mask(infinite, "transformers", "flax", (1, 1, 1, 2)), visible)
+    assert torch.equal(convert_mask(infinite, "transformers_eager", "flax", (1, 1, 1, 2)), visible)
 
 
 def test_the_default_dtype_is_torchs():
     torch.set_default_dtype(torch.float64)
     try:
-        assert convert_mask(torch.ones(2) > 0, "sdpa", "transformers", (1, 1, 1, 2)).dtype == torch.float64
+        assert convert_mask(torch.ones(2) > 0, "sdpa", "transformers_eager", (1, 1, 1, 2)).dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -138,13 +139,13 @@ class TestBadMasks:
         (torch.ones(2, 5, 7) > 0, "torch", ValueError, ["(2, 5, 7)", "bh n m", "(12, 5, 7)"]),
         (torch.ones(7, 5) > 0, "torch", ValueError, ["(7, 5)", "n m", "(5, 7)"]),
         (torch.ones(2, 5) > 0, "torch_padding", ValueError, ["(2, 5)", "b m", "(2, 7)"]),
-        (torch.ones(5, 7), "sdpa", TypeError, ["torch.bool", "float32", "may look", "'transformers'"]),
+        (torch.ones(5, 7), "sdpa", TypeError, ["torch.bool", "float32", "may look", "'transformers_eager'"]),
         (torch.ones(5, 7, dtype=torch.int64), "torch", TypeError, ["torch.bool", "int64", "hidden"]),
-        (torch.ones(2, 6, 5, 7) > 0, "transformers", TypeError, ["floating point", "bool"]),
-        (torch.full((2, 1, 5, 7), -1e4), "transformers", ValueError, ["-10000.0", "bias"]),
-        (torch.full((2, 1, 5, 7), 1.0), "transformers", ValueError, ["1.0", "bias"]),
-        (torch.full((2, 1, 5, 7), math.nan), "transformers", ValueError, ["nan"]),
-        (torch.full((2, 1, 5, 7), SMALLEST, dtype=torch.float64), "transformers", ValueError, ["-3.4"]),
+        (torch.ones(2, 6, 5, 7) > 0, "transformers_eager", TypeError, ["floating point", "bool"]),
+        (torch.full((2, 1, 5, 7), -1e4), "transformers_eager", ValueError, ["-10000.0", "bias"]),
+        (torch.full((2, 1, 5, 7), 1.0), "transformers_eager", ValueError, ["1.0", "bias"]),
+        (torch.full((2, 1, 5, 7), math.nan), "transformers_eager", ValueError, ["nan"]),
+        (torch.full((2, 1, 5, 7), SMALLEST, dtype=torch.float64), "transformers_eager", ValueError, ["-3.4"]),
         (torch.tensor([[1, 1, 1, 1, 1, 0, 2]]), "transformers_padding", ValueError, ["2 neither"]),
         (torch.ones(5, 7) > 0, "pytorch", ValueError, ["'pytorch'", "sdpa", "torch_padding"])])
     def test_masks_that_are_none(self, mask, source, error, words):
