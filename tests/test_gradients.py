@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mha_book import MultiHeadAttention, attention, fused_attend, pad_heads
-from mha_book.gradients import _is_view, backward_graph, gradient_report, saved_tensors
+from mha_book.gradients import _is_view, backward_graph, gradient_report
 from mha_book.testing import SIZES as s
-from mha_book.testing import reference_attention
+from mha_book.testing import reference_attention, saved_tensors
 from mha_book.weight_split import StackedProjections
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
@@ -528,6 +528,29 @@ def test_checkpointing_that_cuts_is_found_and_the_other_kind_cuts_nothing():
     assert len(report.silent) == 4 * s.h + 4
     assert all("detached at loss" in row.reason for row in report.silent)
     assert gradient_report(net, lambda: loss(False)).silent == ()
+    x.requires_grad_()    # now the way back leads through it, and torch.autograd.grad would find nothing there
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        gradient_report(net, lambda: loss(True))
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_views_without_a_way_back_are_cuts_or_do_no_harm(guard):
+    def logged(q, k, v, **options):
+        with guard():
+            v[:, 1].norm(), q[:, 2].mul(2.0)
+        return attention(q, k, v, **options)
+
+    def kept(q, k, v, **options):
+        with guard():
+            old = v[:, 1:2] * 0.9
+        return attention(q, k, torch.cat([v[:, :1], old.clone(), v[:, 2:]], dim=1), **options)
+
+    x = tokens()
+    for attend, silent in ((logged, set()), (kept, {("v", 1)})):
+        layer = sample(attend=attend)
+        report = gradient_report(layer, lambda layer=layer: layer(x).square().sum())
+        assert {(row.part, row.head) for row in report.silent} == silent
+        assert all("v[:, 1:2]" in row.reason for row in report.silent)
 
 
 def test_a_layer_with_another_forward_is_reported_too():
