@@ -247,7 +247,7 @@ def _check_pieces(parts: str, kind: str, pieces: dict[str, Tensor]) -> None:
         raise ValueError(f"{', '.join(parts)} share a tensor, but the {kind} is there for "
                          f"{', '.join(pieces)} only; zeros for the others compute the same")
     widths = {part: piece.shape[-1] for part, piece in pieces.items()}
-    if kind == "weight" and len(set(widths.values())) > 1:
+    if len(set(widths.values())) > 1:
         raise ValueError(f"parts that share a tensor must read one width, not {widths}")
 
 # %% ../nbs/04_layouts.ipynb #refuse-heads

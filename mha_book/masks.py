@@ -89,7 +89,7 @@ def _shared(mask: Tensor) -> Tensor:
     "The same mask, with size 1 along every axis where nothing differs."
     for axis, size in enumerate(mask.shape):
         first = mask.narrow(axis, 0, min(size, 1))
-        mask = first if (mask == first).all() and size else mask
+        mask = first if (mask == first).all() else mask
     return mask
 
 # %% ../nbs/04_masks.ipynb #fold
