@@ -1,4 +1,4 @@
-"""The README's example runs and prints what its comments say."""
+"""The README's examples run, one after the other, and print what their comments say."""
 import contextlib
 import io
 import re
@@ -7,12 +7,13 @@ from pathlib import Path
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf8")
 
 
-def test_the_example_runs():
-    code, = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_examples_run():
+    code = "".join(re.findall(r"```python\n(.*?)```", README, re.S))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert "torch.Size([2, 10, 512]) torch.Size([2, 8, 10, 10])" in printed.getvalue()
+    assert re.search(r"head +q +k +v +o\n( +\d( +\S+e-\d+){4}\n){8}", printed.getvalue())
 
 
 def test_every_link_leads_somewhere():
