@@ -18,7 +18,7 @@ class MaskDialect:
     "How a library writes down who may look where."
 
     axes: tuple[str, ...]    # its forms, by their axes; the first that can carry is written
-    means: str = "may look"  # what True says, or "hidden"; "ones": 1 may look; "added"
+    means: str = "may look"  # True shows; or "hidden": True hides; "ones": 1 shows; "added"
 
 
 _FROM_THE_RIGHT = "b h n m", "h n m", "n m", "m"
@@ -27,8 +27,10 @@ MASK_DIALECTS = {
     "mha_book": MaskDialect(_FROM_THE_RIGHT),
     # torch.nn.functional.scaled_dot_product_attention
     "sdpa": MaskDialect(_FROM_THE_RIGHT),
+    "sdpa_added": MaskDialect(_FROM_THE_RIGHT, "added"),
     # attn_mask and key_padding_mask of torch.nn.MultiheadAttention
     "torch": MaskDialect(("n m", "bh n m"), "hidden"),
+    "torch_added": MaskDialect(("n m", "bh n m"), "added"),
     "torch_padding": MaskDialect(("b m",), "hidden"),
     # attention_mask of keras.layers.MultiHeadAttention
     "keras": MaskDialect(("b n m", "b h n m", "n m")),
@@ -111,7 +113,7 @@ def _visible(mask: Tensor, means: str) -> Bool[Tensor, "..."]:
     if means in ("may look", "hidden"):
         if mask.dtype != torch.bool:
             raise TypeError(f"a mask in which True means {means!r} is torch.bool, not "
-                            f"{mask.dtype}; 'transformers_eager' reads added numbers, "
+                            f"{mask.dtype}; 'sdpa_added' reads added numbers, "
                             f"'transformers_padding' 1 and 0")
         return mask if means == "may look" else ~mask
     shown, hidden = mask == 1, mask == 0

@@ -338,7 +338,8 @@ def ask_transformers(implementation):
     return ask
 
 
-ASK = {"sdpa": ask_kernel(sdpa), "onnx": ask_kernel(onnx), "keras": ask_layer(Keras), "flax": ask_layer(Flax),
+ASK = {"sdpa": ask_kernel(sdpa), "sdpa_added": ask_kernel(sdpa), "torch_added": ask_torch("attn_mask"),
+       "onnx": ask_kernel(onnx), "keras": ask_layer(Keras), "flax": ask_layer(Flax),
        "torch": ask_torch("attn_mask"), "torch_padding": ask_torch("key_padding_mask"),
        "transformers_eager": ask_transformers("eager"), "transformers_sdpa": ask_transformers("sdpa"),
        "transformers_padding": ask_transformers("sdpa")}

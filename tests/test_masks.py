@@ -24,6 +24,8 @@ FORMS = {
 SAID = {
     "mha_book": (["b h n m", "h n m", "n m", "m"], True, False),
     "sdpa": (["b h n m", "h n m", "n m", "m"], True, False),
+    "sdpa_added": (["b h n m", "h n m", "n m", "m"], 0.0, SMALLEST),
+    "torch_added": (["n m", "bh n m"], 0.0, SMALLEST),
     "torch": (["n m", "bh n m"], False, True), "torch_padding": (["b m"], False, True),
     "keras": (["b n m", "b h n m", "n m"], True, False), "flax": (["b h n m", "h n m", "n m", "m"], True, False),
     "transformers_eager": (["b h n m"], 0.0, SMALLEST), "transformers_sdpa": (["b h n m"], True, False),
@@ -155,7 +157,7 @@ class TestBadMasks:
         (torch.ones(2, 5, 7) > 0, "torch", ValueError, ["(2, 5, 7)", "bh n m", "(12, 5, 7)"]),
         (torch.ones(7, 5) > 0, "torch", ValueError, ["(7, 5)", "n m", "(5, 7)"]),
         (torch.ones(2, 5) > 0, "torch_padding", ValueError, ["(2, 5)", "b m", "(2, 7)"]),
-        (torch.ones(5, 7), "sdpa", TypeError, ["torch.bool", "float32", "may look", "'transformers_eager'"]),
+        (torch.ones(5, 7), "sdpa", TypeError, ["torch.bool", "float32", "may look", "'sdpa_added'"]),
         (torch.ones(5, 7, dtype=torch.int64), "torch", TypeError, ["torch.bool", "int64", "hidden"]),
         (torch.ones(2, 6, 5, 7) > 0, "transformers_eager", TypeError, ["floating point", "bool"]),
         (torch.full((2, 1, 5, 7), -1e4), "transformers_eager", ValueError, ["-10000.0", "bias"]),
