@@ -12,7 +12,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import fill
@@ -49,13 +49,15 @@ def backward_graph(
     if tensor.grad_fn is None:
         raise ValueError("tensor has no grad_fn: no gradient goes back from it")
     called = {t: name for name, t in (names or {}).items()}
-    steps = [tensor.grad_fn]
+    steps, places = [tensor.grad_fn], {tensor.grad_fn: 0}
     for step in steps:    # the list grows while it is walked
-        after = (other for other, _ in step.next_functions if other is not None)
-        steps += [other for other in dict.fromkeys(after) if other not in steps]
+        for other, _ in step.next_functions:
+            if other is not None and other not in places:
+                places[other] = len(steps)
+                steps.append(other)
     return [Node(called.get(getattr(step, "variable", None), step.name()),
                  _is_view(step.name()),
-                 tuple(steps.index(other) for other, _ in step.next_functions if other))
+                 tuple(places[other] for other, _ in step.next_functions if other))
             for step in steps]
 
 # %% ../nbs/05_gradients.ipynb #is-view
@@ -133,6 +135,12 @@ def _reason_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
             yield fill(f"  {' '.join([name, *parts]).strip()}", 90, subsequent_indent="  ")
 
 # %% ../nbs/05_gradients.ipynb #pieces
+def _holds_its_weights(layer: StackedProjections) -> bool:
+    "Whether its matrices are parameters, not made of others, as by an adapter."
+    own = (p for p in (layer.in_proj, layer.context_proj, layer.out_proj) if p is not None)
+    return all(isinstance(getattr(proj, "weight", None), nn.Parameter) for proj in own)
+
+
 def _pieces(layer: StackedProjections, part: str, head: int) -> list[tuple[Tensor, object]]:
     "The parameters that hold one head's part, each with the place of it there."
     if part == "o":
@@ -144,11 +152,14 @@ def _pieces(layer: StackedProjections, part: str, head: int) -> list[tuple[Tenso
     return [(p, rows) for p in (proj.weight, proj.bias) if p is not None]
 
 # %% ../nbs/05_gradients.ipynb #cut
+_KINDS = "detached", "overwritten"
+
+
 @dataclass(frozen=True, eq=False)
 class _Cut:
     "A call from which numbers go on, and back to which no gradient comes."
 
-    kind: str      # "detached" or "overwritten"
+    kind: str      # one of `_KINDS`
     place: str     # the line that made the call
     sources: list[tuple[GradientEdge, Tensor]]   # the ways back that ended here
 
@@ -166,6 +177,7 @@ class _Cuts(TorchFunctionMode):
         self.noted = {}                            # all cuts, in the order of time
         self.tensors = WeakTensorKeyDictionary()   # tensor -> the cuts behind it
         self.memory = {}                           # address -> those behind later writes
+        self.written = []                          # held, so that no address comes again
 
     def behind(self, tensor: Tensor) -> dict[_Cut, None]:
         """The cuts that the numbers of `tensor` have come through;
@@ -193,6 +205,7 @@ class _Cuts(TorchFunctionMode):
         if inputs and (out is None or out is inputs[0]):    # a write in place
             where = _address(inputs[0])
             self.memory[where] = self.memory.get(where, {}) | behind
+            self.written.append(inputs[0])
         return out
 
 # %% ../nbs/05_gradients.ipynb #cuts-tensors
@@ -206,15 +219,20 @@ def _tensors(tree: object) -> list[Tensor]:
 
 # %% ../nbs/05_gradients.ipynb #cuts-address
 def _address(tensor: Tensor) -> int:
-    strided = tensor.layout is torch.strided    # others may lie in several places
-    return tensor.untyped_storage().data_ptr() if strided else id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, ValueError):    # sparse, or inside a transform: no memory to name
+        return id(tensor)
 
 # %% ../nbs/05_gradients.ipynb #cuts-overwritten
+_WRITES = "zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "random_"
+
+
 def _overwritten(name: str, args: tuple) -> list[Tensor]:
     "A copy of what a call is about to write over."
     if name == "__setitem__":
         return [args[0][args[1]].clone()]
-    return [args[0].clone()] if name in ("zero_", "fill_", "copy_") else []
+    return [args[0].clone()] if name in _WRITES else []
 
 # %% ../nbs/05_gradients.ipynb #cuts-shapes
 def _ways_back(tensors: list[Tensor]) -> list[tuple[GradientEdge, Tensor]]:
@@ -252,7 +270,8 @@ def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]) -> 
     def note(module, args, kwargs):
         calls[module].append((args, kwargs))
 
-    with ExitStack() as hooks, _Cuts() as cuts:
+    eager = torch.compiler.set_stance("force_eager")    # compiled calls, too
+    with ExitStack() as hooks, eager, _Cuts() as cuts:
         for layer in layers:
             for m in (layer, layer.out_proj):
                 hooks.enter_context(m.register_forward_pre_hook(note, with_kwargs=True))
@@ -263,24 +282,25 @@ def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]) -> 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     "Afterwards the random state and the module's buffers are what they were before."
-    buffers = [(part, name, buffer, buffer.clone()) for part in module.modules()
-               for name, buffer in part.named_buffers(recurse=False)]
+    buffers = {part: dict(part._buffers) for part in module.modules()}
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:
-            for part, name, buffer, before in buffers:
-                setattr(part, name, buffer)
-                if not torch.equal(buffer, before):
-                    buffer.detach().copy_(before)
+            for part, own in buffers.items():
+                part._buffers.clear()
+                part._buffers.update(own)
+            for buffer, before in values:    # by .data: a graph that saved it stays valid
+                buffer.data.copy_(before)
 
 # %% ../nbs/05_gradients.ipynb #sees
 def _sees(layer: MultiHeadAttention, x: Tensor, context: Tensor | None = None, *,
           mask: Tensor | None = None, key_padding_mask: Tensor | None = None,
           bias: Tensor | None = None, is_causal: bool = False, cache=None) -> Tensor:
     "For each head, whether any query may look at any key in this call of `layer`."
-    b, n, m = *x.shape[:2], (x if context is None else context).shape[1]
-    grid = torch.ones(b, layer.layout.num_heads, n, m, dtype=torch.bool, device=x.device)
+    n, m = x.shape[1], (x if context is None else context).shape[1]
+    grid = torch.ones(1, layer.layout.num_heads, 1, 1, dtype=torch.bool, device=x.device)
     if cache is None:    # with one, there are keys that this call does not show
         padding = None if key_padding_mask is None else key_padding_mask[:, None, None]
         finite = None if bias is None else bias > -torch.inf
@@ -297,7 +317,7 @@ class _Inquiry:
         self.has_graph, self.cuts, self.calls = value.requires_grad, cuts, calls
         self.gradients = self.back([value], None) if self.has_graph else {}
 
-    def back(self, outputs: list, upstream: list[Tensor] | None) -> dict[Tensor, Tensor]:
+    def back(self, outputs, upstream) -> dict[Tensor, Tensor]:
         "What comes to each trained parameter when `upstream` comes to `outputs`."
         found = self.trained and torch.autograd.grad(
             outputs, self.trained, upstream, retain_graph=True, allow_unused=True)
@@ -305,10 +325,13 @@ class _Inquiry:
 
     @cached_property
     def flows(self) -> list[tuple[_Cut, dict[Tensor, Tensor]]]:
-        "For each cut, what could come to the parameters if it were none."
-        return [(cut, self.back([edge for edge, _ in cut.sources],
-                                [torch.randn_like(t) for _, t in cut.sources]))
-                for cut in self.cuts]
+        "For each cut whose graph still stands, what could come through if it were none."
+        flows = []
+        for cut in self.cuts:
+            edges, tensors = zip(*cut.sources)
+            with suppress(RuntimeError):    # a graph that the loss itself went back through
+                flows.append((cut, self.back(edges, [torch.randn_like(t) for t in tensors])))
+        return flows
 
     def row(self, name, part, head, pieces, layer, heads) -> Gradient:
         "What came to `pieces` of parameters, which serve these query heads of `layer`."
@@ -326,11 +349,14 @@ class _Inquiry:
         shut = [self.shut(layer, head) for head in heads]
         if shut and all(shut):
             return shut[0]
-        if cut := self.cut(pieces, "detached", "overwritten"):
-            return cut
+        graph, cut = "no grad_fn: the loss has no graph", self.cut(pieces, *_KINDS)
+        if cut:
+            return cut if self.has_graph else f"{graph}; {cut}"
         found = any(p in self.gradients for p, _ in pieces)
-        reason = ("no grad_fn: the loss has no graph" if not self.has_graph
-                  else "zero on every path" if found else "not used by this loss")
+        came = self.gradients.get(layer.out_proj.weight) if layer and self.calls else None
+        behind = "gate closed behind the layer: what comes back to out_proj is 0"
+        reason = (graph if not self.has_graph else "not used by this loss" if not found
+                  else "zero on every path" if came is None or came.any() else behind)
         return reason + ("" if self.calls is not None else
                          "; pass the loss as a function, and the report looks where")
 
@@ -378,14 +404,16 @@ def gradient_report(
     """What gradient `loss` sends to each parameter of `module`, and to each head of every
     `StackedProjections` in it; and why some get none.
 
-    Parameters, `.grad`, buffers, hooks and the random state stay as they were.
-    A way that leaves torch, by `.numpy()` or `.item()`, is not followed.
+    Parameters, `.grad`, buffers, hooks and torch's random state stay as they were; hooks on
+    gradients run, also with made-up gradients, and `loss` must not go backward itself.
+    A way that leaves torch, by `.numpy()` or `.item()`, is not followed. Layers whose
+    weights are computed from others (adapters, weight norm) have no rows for heads.
     Raises TypeError where `loss` is or gives no tensor,
     ValueError where that is no scalar, `module` has no parameters,
     or the way back leads through a reentrant checkpoint.
     """
     layers = {name: layer for name, layer in module.named_modules()
-              if isinstance(layer, StackedProjections)}
+              if isinstance(layer, StackedProjections) and _holds_its_weights(layer)}
     with _as_it_was(module):
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
         _check_report(module, watched[0])

@@ -42,8 +42,9 @@ class Dialect:
     bias: str = "{}.bias"      # and that of a bias
 
     def __post_init__(self):
-        alike = len(set(self.names.values())) < len(self.names) or self.weight == self.bias
-        if sorted("".join(self.names)) != sorted("qkvo") or alike:
+        used = {form.format(name) for form in (self.weight, self.bias)
+                for name in self.names.values()}
+        if sorted("".join(self.names)) != sorted("qkvo") or len(used) < 2 * len(self.names):
             raise ValueError(f"names must hold q, k, v and o once each, got {self}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
@@ -118,7 +119,7 @@ def convert_layout(
 ) -> dict[str, Tensor]:           # new tensors, under the names of `target`
     """The same weights in another dialect. Numbers move, and none changes.
 
-    Tensors are found by any name that libraries use for their parts.
+    Tensors are found by many names that libraries use for their parts.
     Biases, dtype and device are kept. For a layer that you built yourself, with norms say,
     add `_extra_state=layer.get_extra_state()` to what "stacked" gives.
     Raises ValueError for names or shapes that the source does not have, for head counts
@@ -180,18 +181,19 @@ _ALIASES = {
     "o": "out_proj o_proj out dense c_proj proj linear_proj to_out Wo wo O "
          "output.dense attention_output",
 }
-_WEIGHT = "{}.weight", "{}.kernel", "{}/kernel", "{}_weight", "W_{}"
+_WEIGHT, _KERNEL = ("{}.weight", "{}_weight", "W_{}"), ("{}.kernel", "{}/kernel")
 _BIAS = "{}.bias", "{}/bias", "{}_bias", "b_{}"
 
 
 def _known_names(dialect: Dialect) -> dict[str, tuple[str, str]]:
     "Name -> parts and kind, for all names of a dialect's tensors; its own come first."
     own, others = {}, {}
+    weights = _WEIGHT + (_KERNEL if dialect.axes[0] == "e" else ())    # a kernel is e first
     for parts, stem in dialect.names.items():
         own[dialect.weight.format(stem)] = parts, "weight"
         own[dialect.bias.format(stem)] = parts, "bias"
         for alias in (stem, *_ALIASES.get("".join(sorted(parts)), "").split()):
-            others |= {form.format(alias): (parts, "weight") for form in _WEIGHT}
+            others |= {form.format(alias): (parts, "weight") for form in weights}
             others |= {form.format(alias): (parts, "bias") for form in _BIAS}
     return others | own
 
@@ -207,8 +209,7 @@ def _find(weights: dict[str, Tensor], dialect: Dialect, heads: HeadLayout) -> di
             raise ValueError(f"{name} is none of {', '.join(dialect.names.values())}: pass "
                              f"these alone, and load what else the layer needs yourself")
         if known[name] in found:
-            raise ValueError(f"{name} is a second {known[name][1]} for {known[name][0]}; "
-                             f"pass the weights of one layer")
+            raise ValueError(f"{name} is a second {known[name][1]} for {known[name][0]}")
         _check_shape(name, tensor, known[name], dialect, heads)
         found[known[name]] = tensor
     _check_together(found, dialect)
@@ -289,13 +290,12 @@ def from_state_dict(
     """
     found = _with_biases(_read(_under(state, prefix), _dialect(dialect, heads), heads))
     (*_, e), (*_, c), (*_, out_dim) = (found[part, "weight"].shape for part in "qko")
-    q, (h, g, d) = found["q", "weight"], heads
     layer = MultiHeadAttention(
-        e, h, num_kv_heads=g, head_dim=d, out_dim=out_dim, bias=("q", "bias") in found,
-        context_dim=None if c == e else c, position=position, attend=attend,
-        device=q.device, dtype=q.dtype)
+        e, heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
+        out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
+        position=position, attend=attend, device="meta")    # `assign` brings a device
     weights = _write(found, _own_dialect(layer), heads)
-    layer.load_state_dict(weights | dict(_extra_state=layer.get_extra_state()))
+    layer.load_state_dict(weights, strict=False, assign=True)    # plugs keep what they have
     return layer
 
 # %% ../nbs/04_layouts.ipynb #own-dialect
@@ -328,7 +328,8 @@ def _with_biases(found: dict) -> dict:
 def from_torch(
     module: nn.MultiheadAttention,   # torch's own layer
 ) -> MultiHeadAttention:             # a layer that computes the same, batch first
-    """Torch's layer as a layer of this book: the same weights, dropout and mode.
+    """Torch's layer as a layer of this book: the same weights, dropout and mode;
+    trainable if its output projection is.
 
     `kdim = vdim` becomes `context_dim`. Inputs and outputs are b n e: a module with
     `batch_first=False` is converted too, and a UserWarning says so.
@@ -339,18 +340,17 @@ def from_torch(
         "add_bias_kv=True, a learned key and value": module.bias_k is not None,
         "add_zero_attn=True, a key and a value of zeros": module.add_zero_attn,
         f"dropout {module.dropout}, which leaves nothing": module.dropout >= 1,
+        "a forward of its own": type(module).forward is not nn.MultiheadAttention.forward,
         f"kdim {module.kdim} beside vdim {module.vdim}": module.kdim != module.vdim})
     if not module.batch_first:
-        warnings.warn("batch_first=False: the new layer reads and writes batch, length, "
-                      "width; transpose your inputs", stacklevel=2)
+        warnings.warn("batch_first=False: transpose; the layer is batch first", stacklevel=2)
     state, stacked = module.state_dict(), module._qkv_same_embed_dim
     if not stacked and "in_proj_bias" in state:
-        names = "q_proj_bias", "k_proj_bias", "v_proj_bias"
-        state |= zip(names, state.pop("in_proj_bias").chunk(3))
+        state |= zip([f"{x}_proj_bias" for x in "qkv"], state.pop("in_proj_bias").chunk(3))
     heads = HeadLayout(module.num_heads, module.num_heads, module.head_dim)
     layer = from_state_dict(state, heads, "stacked" if stacked else "separate")
     layer.dropout = module.dropout
-    return layer.train(module.training)
+    return layer.train(module.training).requires_grad_(module.out_proj.weight.requires_grad)
 
 
 def _refuse(who: str, lacks: dict[str, bool]) -> None:
@@ -363,7 +363,8 @@ def _refuse(who: str, lacks: dict[str, bool]) -> None:
 def to_torch(
     layer: MultiHeadAttention,   # with as many key-value heads as heads, and no plugs
 ) -> nn.MultiheadAttention:      # torch's own layer, with batch_first=True
-    """A layer of this book as torch's own: the same weights, dropout and mode.
+    """A layer of this book as torch's own: the same weights, dropout and mode;
+    trainable if its output projection is.
 
     Masks change their meaning on the way: see `convert_mask`.
     Raises ValueError that names what torch's layer does not have: grouped heads,
@@ -374,6 +375,7 @@ def to_torch(
         f"{h} query heads on {g} key-value heads": g != h,
         f"{h} heads of width {d} in a width of {e}": h * d != e,
         f"an output of width {out.out_features}": out.out_features != e,
+        "a forward of its own": type(layer).forward is not MultiHeadAttention.forward,
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": layer.attend not in (attention, fused_attend)})
     c = layer.context_proj.in_features if layer.context_proj else e
@@ -381,7 +383,7 @@ def to_torch(
         e, h, dropout=layer.dropout, bias=out.bias is not None, kdim=c, vdim=c,
         batch_first=True, device=out.weight.device, dtype=out.weight.dtype)
     module.load_state_dict(_torch_state(layer, together=c == e))
-    return module.train(layer.training)
+    return module.train(layer.training).requires_grad_(out.weight.requires_grad)
 
 # %% ../nbs/04_layouts.ipynb #torch-state
 def _torch_state(layer: MultiHeadAttention, together: bool) -> dict[str, Tensor]:
@@ -411,7 +413,7 @@ def fitting_dialects(
         try:
             _read(weights, _dialect(name, heads), heads)
             fitting.append(name)
-        except ValueError as fault:
+        except (ValueError, TypeError) as fault:
             faults.append(f"\n{name}: {fault}")
     if not fitting:
         raise ValueError("no dialect fits" + "".join(faults))
@@ -438,9 +440,9 @@ def guess_dialect(
     errors = {}
     for name in fitting_dialects(state, heads, prefix=prefix):
         layer = from_state_dict(state, heads, name, prefix=prefix, position=position)
-        answer = layer(x, context, is_causal=is_causal)
-        if answer.shape != y.shape or not y.any():
-            raise ValueError(f"y has shape {tuple(y.shape)} and at most {y.abs().max()}; "
-                             f"needed: shape {tuple(answer.shape)}, and not only zeros")
-        errors[name] = ((answer - y).abs().max() / y.abs().max()).item()
+        got = layer(x, context, is_causal=is_causal)
+        if got.shape != y.shape or not (y.isfinite().all() and y.any()):
+            raise ValueError(f"y must be finite, not all 0, of shape {tuple(got.shape)}; "
+                             f"got shape {tuple(y.shape)}")
+        errors[name] = ((got - y).abs().max() / y.abs().max()).nan_to_num(torch.inf).item()
     return dict(sorted(errors.items(), key=lambda item: item[1]))

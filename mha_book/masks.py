@@ -25,6 +25,7 @@ _FROM_THE_RIGHT = "b h n m", "h n m", "n m", "m"
 
 MASK_DIALECTS = {
     "mha_book": MaskDialect(_FROM_THE_RIGHT),
+    "mha_book_padding": MaskDialect(("b m",)),
     # torch.nn.functional.scaled_dot_product_attention
     "sdpa": MaskDialect(_FROM_THE_RIGHT),
     "sdpa_added": MaskDialect(_FROM_THE_RIGHT, "added"),
@@ -53,11 +54,11 @@ def convert_mask(
     shape: tuple[int, int, int, int],    # batch, query heads, queries, keys
     *,
     dtype: torch.dtype | None = None,    # of an added mask; torch's default unless told
-) -> Shaped[Tensor, "..."]:              # every axis in full size; may be an expanded view
+) -> Shaped[Tensor, "..."]:              # every axis in full size; may be a view of `mask`
     """The same mask in another dialect.
 
     An added mask holds 0 where a query may look and the smallest number of its dtype
-    elsewhere; -inf is read as well.
+    elsewhere; -inf and the smallest bfloat16 are read as well.
     Raises ValueError or TypeError where `mask` is none of its dialect or does not fit
     `shape`, and ValueError where the target has no axis for something that differs.
     """
@@ -90,7 +91,7 @@ def _four_axes(mask: Tensor, axes: str, shape: tuple[int, ...]) -> Tensor:
 def _shared(mask: Tensor) -> Tensor:
     "The same mask, with size 1 along every axis where nothing differs."
     for axis, size in enumerate(mask.shape):
-        first = mask.narrow(axis, 0, min(size, 1))
+        first = mask.narrow(axis, 0, 1) if size else mask.all(axis, keepdim=True)
         mask = first if (mask == first).all() else mask
     return mask
 
@@ -120,7 +121,8 @@ def _visible(mask: Tensor, means: str) -> Bool[Tensor, "..."]:
     if means == "added":
         if not mask.is_floating_point():
             raise TypeError(f"a mask that is added is floating point, not {mask.dtype}")
-        shown, hidden = hidden, mask <= torch.finfo(mask.dtype).min
+        lowest = max(torch.finfo(dtype).min for dtype in (mask.dtype, torch.bfloat16))
+        shown, hidden = hidden, mask <= lowest
     odd = mask[~(shown | hidden)]
     if odd.numel():
         raise ValueError(f"{odd[0].item()} neither shows nor hides a key; "

@@ -265,9 +265,10 @@ class _Names(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         outside, self.name = self.name, func.__name__
-        out = func(*args, **(kwargs or {}))
-        self.name = outside
-        return out
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.name = outside
 
 # %% ../nbs/91_testing.ipynb #saved-tensors
 def saved_tensors(

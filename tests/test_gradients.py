@@ -736,3 +736,76 @@ def test_the_graph_is_the_chain_of_grad_fns():
 def test_a_tensor_without_a_way_back_is_refused(tensor):
     with pytest.raises(ValueError, match="no grad_fn"):
         backward_graph(tensor)
+
+
+# What users' models bring along
+
+
+def test_a_gate_behind_the_layer_says_so():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gate = sample(), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return x + self.gate.tanh() * self.layer(x)
+
+    block, x = Block(), tokens()
+    report = gradient_report(block, lambda: block(x).square().sum())
+    assert len(report.silent) == 4 * s.h + 4    # the gate itself learns
+    reasons = {row.reason.split(":")[0] for row in report.silent if row.name != "layer.out_proj.bias"}
+    assert reasons == {"gate closed behind the layer"}
+
+
+def test_a_loss_that_lost_its_graph_says_so_and_where():
+    layer, x = sample(), tokens()
+    report = gradient_report(layer, lambda: layer(x).detach().sum())
+    assert all(row.reason.startswith("no grad_fn: the loss has no graph; detached at") for row in report.silent)
+
+
+def test_buffers_come_back_and_a_pending_backward_pass_stays_valid():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.table = nn.BatchNorm1d(4), None
+            self.register_buffer("late", None)
+
+        def forward(self, x):
+            self.late = torch.arange(3.0)
+            return self.norm(x)
+
+    module, x = Late(), torch.randn(6, 4)
+    mean, loss = module.norm.running_mean.clone(), module.norm(x).square().sum()
+    before = module.norm.running_mean.clone()
+    gradient_report(module, lambda: module(x).square().sum())
+    assert module.late is None and not torch.equal(mean, before)
+    assert torch.equal(module.norm.running_mean, before)
+    loss.backward()    # raises where the restoring counts as a write
+
+
+@pytest.mark.parametrize("run", [
+    lambda layer, x: torch.vmap(lambda one: layer(one[None])[0])(x),
+    lambda layer, x: torch.compile(layer, backend="eager")(x)], ids=["vmap", "compile"])
+def test_transformed_calls_are_measured(run):
+    layer, x = sample(), tokens()
+    plain = gradient_report(layer, lambda: layer(x).square().sum())
+    found = gradient_report(layer, lambda: run(layer, x).square().sum())
+    assert [row.norm for row in found.heads] == pytest.approx([row.norm for row in plain.heads], rel=1e-4)
+
+
+def test_heads_of_computed_weights_are_left_out_and_their_parameters_are_not():
+    layer, x = sample(), tokens()
+    nn.utils.parametrizations.weight_norm(layer.in_proj)
+    report = gradient_report(layer, lambda: layer(x).square().sum())
+    assert report.heads == () and report.silent == ()
+    assert sum("original" in row.name for row in report.parameters) == 2
+
+
+def test_a_graph_that_was_gone_through_already_does_no_harm():
+    layer, x = sample(), tokens()
+
+    def penalty():    # create_graph=True was forgotten
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(layer(leaf).sum(), leaf)[0].square().sum()
+
+    assert all(row.reason.startswith("no grad_fn") for row in gradient_report(layer, penalty).silent)

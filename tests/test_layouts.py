@@ -251,17 +251,22 @@ def test_parts_that_read_different_widths_cannot_share_a_tensor():
     ("stacked", "to_qkv out"), ("multi_query", "c_attn c_proj"), ("grouped", "query_key_value dense"),
     ("packed_kv", "to_q to_kv to_out"), ("packed_kv", "q_proj kv_proj o_proj"),
     ("packed_kv", "query key_value dense"), ("packed_kv", "linear_q linear_kv linear_proj"),
-    ("packed_kv", "in_proj context_proj out_proj")])
+    ("packed_kv", "in_proj context_proj out_proj"), ("kernels", "q_proj k_proj v_proj o_proj"),
+    ("conv1d", "qkv proj")])
 @pytest.mark.parametrize("form", [("{}.weight", "{}.bias"), ("{}_weight", "{}_bias"), ("{}/kernel", "{}/bias"),
                                   ("{}.kernel", "{}.bias"), ("W_{}", "b_{}")])
 def test_tensors_are_known_by_the_names_that_libraries_use(dialect, names, form):
-    heads = HeadLayout(s.h, 1 if dialect == "multi_query" else s.g, s.d)
+    heads = HeadLayout(s.h, {"multi_query": 1, "conv1d": s.h}.get(dialect, s.g), s.d)
     state = random_state(dialect, heads)
     stems = dict(zip(DIALECTS[dialect].names.values(), names.split()))
     renamed = {form[name.endswith("bias")].format(stems[name.rpartition(".")[0]]): tensor
                for name, tensor in state.items()}
     assert len(renamed) == len(state)
-    assert_same_bits(convert_layout(renamed, dialect, dialect, heads), state)
+    if "kernel" in form[0] and DIALECTS[dialect].axes.startswith("h"):    # a kernel has its inputs first
+        with refused(ValueError, "none of"):
+            convert_layout(renamed, dialect, dialect, heads)
+    else:
+        assert_same_bits(convert_layout(renamed, dialect, dialect, heads), state)
 
 
 def test_a_dialects_own_names_come_first():
@@ -593,3 +598,61 @@ class TestBadWeights:
     def test_dialects_that_cannot_be(self, options, words):
         with refused(ValueError, *words):
             Dialect(**dict(names=dict(qkv="qkv", o="o")) | options)
+
+
+# What users bring along
+
+
+def test_plugs_with_parameters_and_buffers_stay_as_they_are():
+    class Plug(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.tensor(3.0))
+            self.register_buffer("shift", torch.tensor(2.0))
+
+        def forward(self, q, k, *, offset):
+            return q * self.factor + self.shift, k
+
+    layer = MultiHeadAttention(s.e, s.h, head_dim=s.d, position=Plug())
+    copied = from_state_dict(MultiHeadAttention(s.e, s.h, head_dim=s.d).state_dict(), layer.layout, position=Plug())
+    assert copied.position.factor == 3 and copied.position.shift == 2
+    assert copied.in_proj.weight.device.type == "cpu"
+
+
+def test_loading_draws_no_random_numbers():
+    layer, module = MultiHeadAttention(s.e, s.h, head_dim=s.d), torch.nn.MultiheadAttention(48, 6, batch_first=True)
+    state = torch.get_rng_state()
+    from_state_dict(layer.state_dict(), layer.layout)
+    from_torch(module)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_frozen_layers_stay_frozen(trained):
+    module = torch.nn.MultiheadAttention(48, 6, batch_first=True).requires_grad_(trained)
+    layer = from_torch(module)
+    for found in (layer, to_torch(layer)):
+        assert {p.requires_grad for p in found.parameters()} == {trained}
+
+
+def test_a_forward_of_its_own_is_refused():
+    class Theirs(torch.nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)
+
+    class Ours(MultiHeadAttention):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    with pytest.raises(ValueError, match="forward of its own"):
+        from_torch(Theirs(48, 6, batch_first=True))
+    with pytest.raises(ValueError, match="forward of its own"):
+        to_torch(Ours(48, 6))
+
+
+def test_an_answer_with_nan_is_refused():
+    layer, x = MultiHeadAttention(s.e, s.h, head_dim=s.d), torch.randn(s.b, s.n, s.e)
+    y = layer(x).detach()
+    y[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        guess_dialect(layer.state_dict(), layer.layout, x, y)
