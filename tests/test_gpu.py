@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from mha_book import MultiHeadAttention, attention, fused_attend
+from mha_book import (MultiHeadAttention, attention, convert_mask, from_torch, fused_attend, gradient_report,
+                      to_torch)
 from mha_book.testing import SIZES, assert_as_exact, reference_attention
 
 REASON = "needs a CUDA device; run `make test-gpu` where there is one"
@@ -30,3 +31,22 @@ def test_the_layer_moves_to_the_gpu_and_back():
     there = layer.cuda()(x.cuda(), is_causal=True)
     assert there.is_cuda
     torch.testing.assert_close(there.cpu(), here, atol=1e-12, rtol=0)
+
+
+def test_conversion_keeps_weights_and_masks_on_the_gpu():
+    theirs = torch.nn.MultiheadAttention(48, 6, batch_first=True, device="cuda", dtype=torch.float64)
+    x = torch.randn(s.b, s.n, 48, device="cuda", dtype=torch.float64)
+    hidden = torch.ones(s.n, s.n, dtype=torch.bool, device="cuda").triu(1)
+    mask = convert_mask(hidden, "torch", "mha_book", (s.b, s.h, s.n, s.n))
+    layer = from_torch(theirs)
+    expected = theirs(x, x, x, attn_mask=hidden)[0]
+    torch.testing.assert_close(layer(x, mask=mask), expected, atol=1e-12, rtol=0)
+    assert {p.device.type for module in (layer, to_torch(layer)) for p in module.parameters()} == {"cuda"}
+
+
+def test_the_report_measures_on_the_gpu_what_it_measures_here():
+    layer, x = MultiHeadAttention(48, 6, dtype=torch.float64), torch.randn(2, 5, 48, dtype=torch.float64)
+    here = gradient_report(layer, lambda: layer(x).square().sum())
+    layer, x = layer.cuda(), x.cuda()
+    there = gradient_report(layer, lambda: layer(x).square().sum())
+    assert [row.norm for row in there.heads] == pytest.approx([row.norm for row in here.heads], rel=1e-9)
