@@ -234,7 +234,7 @@ def _overwritten(name: str, args: tuple) -> list[Tensor]:
         return [args[0][args[1]].clone()]
     return [args[0].clone()] if name in _WRITES else []
 
-# %% ../nbs/05_gradients.ipynb #cuts-shapes
+# %% ../nbs/05_gradients.ipynb #cuts-ways
 def _ways_back(tensors: list[Tensor]) -> list[tuple[GradientEdge, Tensor]]:
     "Where the gradient of each tensor would go, with the tensor's numbers beside it."
     with torch.inference_mode(False):
@@ -333,7 +333,7 @@ class _Inquiry:
                 flows.append((cut, self.back(edges, [torch.randn_like(t) for t in tensors])))
         return flows
 
-    def row(self, name, part, head, pieces, layer, heads) -> Gradient:
+    def row(self, name, pieces, part=None, head=None, layer=None, heads=()) -> Gradient:
         "What came to `pieces` of parameters, which serve these query heads of `layer`."
         found = [self.gradients[p][at].flatten() for p, at in pieces if p in self.gradients]
         values = torch.cat(found).abs().cpu().double() if found else torch.zeros(0)
@@ -393,7 +393,7 @@ def _head_rows(inquiry: _Inquiry, name: str, layer: StackedProjections) -> Itera
     for part, count in zip("qkvo", (h, g, g, h)):
         for i in range(count):
             serves = range(i * h // count, (i + 1) * h // count)
-            yield inquiry.row(name, part, i, _pieces(layer, part, i), layer, serves)
+            yield inquiry.row(name, _pieces(layer, part, i), part, i, layer, serves)
 
 # %% ../nbs/05_gradients.ipynb #gradient-report
 def gradient_report(
@@ -419,9 +419,10 @@ def gradient_report(
         _check_report(module, watched[0])
         inquiry = _Inquiry(module, *watched)
         heads = [row for item in layers.items() for row in _head_rows(inquiry, *item)]
-        owner = {p: (layer, range(layer.layout.num_heads)) for layer in layers.values()
-                 for part in "qkvo" for p, _ in _pieces(layer, part, 0)}
-        parameters = [inquiry.row(name, None, None, [(p, ...)], *owner.get(p, (None, ())))
+        owner = {p: dict(layer=layer, heads=range(layer.layout.num_heads))
+                 for layer in layers.values() for part in "qkvo"
+                 for p, _ in _pieces(layer, part, 0)}
+        parameters = [inquiry.row(name, [(p, ...)], **owner.get(p, {}))
                       for name, p in module.named_parameters()]
     return GradientReport(tuple(heads), tuple(parameters))
 

@@ -90,7 +90,7 @@ def gradients(y, upstream, leaves):
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
 
 
-def close(a, b):
+def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-12 * max(1.0, b.abs().max().item()), rtol=0)
 
 
@@ -105,10 +105,10 @@ def test_gradients_of_the_layer_are_those_of_the_loop(call):
     bias = options.get("bias")
     leaves = leaves_of(layer, x, context, bias)
     y, exact = layer(x, context, **options), loop(layer, x, context, **options)
-    close(y, exact)
+    assert_close(y, exact)
     upstream = torch.randn_like(y)
     for got, expected in zip(gradients(y, upstream, leaves), gradients(exact, upstream, leaves)):
-        close(got, expected)
+        assert_close(got, expected)
 
 
 @given(calls(), st.randoms())
@@ -139,7 +139,7 @@ def test_permuting_heads_permutes_gradients(call, random):
     before = gradients(y, upstream, [*layer.parameters()])
     after = gradients(same, upstream, [*other.parameters()])
     for (name, _), one, two in zip(layer.named_parameters(), before, after):
-        close(two, permuted(name, one))
+        assert_close(two, permuted(name, one))
 
 
 @given(calls(), st.integers(1, 2))
@@ -809,3 +809,43 @@ def test_a_graph_that_was_gone_through_already_does_no_harm():
         return torch.autograd.grad(layer(leaf).sum(), leaf)[0].square().sum()
 
     assert all(row.reason.startswith("no grad_fn") for row in gradient_report(layer, penalty).silent)
+
+
+# What the page says that the report does not see
+
+
+def test_a_harmless_detach_beside_a_rounding_is_suspected():
+    def rounded(q, k, v, **options):
+        k = k / (1 + k.detach().abs().amax())
+        return attention(q, torch.round(8 * k), v, **options)
+
+    layer, x = sample(attend=rounded), tokens()
+    found = reasons(layer, lambda: layer(x).square().sum())
+    assert found.keys() == parts("k") and all("k.detach()" in why for why in found.values())
+
+
+@pytest.mark.parametrize("write", [lambda z: z.mul_(0), lambda z: z.masked_fill_(torch.tensor(True), 0.0)])
+def test_a_head_multiplied_by_0_in_place_is_a_closed_gate(write):
+    layer, x = in_place(write), tokens()
+    found = reasons(layer, lambda: layer(x).square().sum())
+    assert found.keys() == parts("qkvo", heads=[1])
+    assert {why.split(":")[0] for why in found.values()} == {"gate closed"}
+
+
+def test_an_input_of_0_is_a_closed_gate():
+    layer = sample()
+    found = reasons(layer, lambda: layer(torch.zeros(s.b, s.n, s.e)).sum())
+    assert found.keys() == parts("qko")    # the values' bias learns
+    assert {why.split(":")[0] for why in found.values()} == {"gate closed"}
+
+
+def test_what_was_detached_before_names_no_line():
+    x = tokens()
+    old = torch.randn(s.b, 1, s.n, s.d)
+
+    def recalled(q, k, v, **options):
+        return attention(q, k, torch.cat([v[:, :1], old, v[:, 2:]], dim=1), **options)
+
+    layer = sample(attend=recalled)
+    found = reasons(layer, lambda: layer(x).square().sum())
+    assert found == {"v1": "zero on every path"}

@@ -41,7 +41,7 @@ def fill(parameters):
         torch.nn.init.normal_(parameter, std=0.3)
 
 
-def close(got, wanted):
+def assert_close(got, wanted):
     "The same to 1e-10, and something to compare."
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
     assert wanted.abs().max() > 0.1
@@ -175,7 +175,7 @@ EVERY_MODEL = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 def test_their_weights_give_their_outputs(case):
     model = case.build()
     x, y = case.asked(model)
-    close(case.layer(model)(x, is_causal=case.causal), y)
+    assert_close(case.layer(model)(x, is_causal=case.causal), y)
 
 
 @EVERY_MODEL
@@ -190,7 +190,7 @@ def test_our_weights_give_our_outputs_there(case):
                 if name.startswith(f"{case.prefix}{own}.")}
     assert case.write(layer, model) == expected
     x, y = case.asked(model)
-    close(layer(x, is_causal=case.causal), y)
+    assert_close(layer(x, is_causal=case.causal), y)
     assert not torch.allclose(before, y)
 
 
@@ -283,11 +283,11 @@ def test_kernels_are_read_and_written(kind, heads, width, bias):
     theirs = kind(heads, s.e, width, bias)
     x, context = random(s.b, s.n, s.e), random(s.b, s.m, width)
     layer = from_state_dict(theirs.state(), heads, "kernels")
-    close(layer(x, context), theirs(x, context))
+    assert_close(layer(x, context), theirs(x, context))
     fill(layer.parameters())
     own = "stacked" if width == s.e else Dialect(dict(q="in_proj", kv="context_proj", o="out_proj"))
     theirs.load(convert_layout(layer.state_dict(), own, kind.dialect, heads))
-    close(layer(x, context), theirs(x, context))
+    assert_close(layer(x, context), theirs(x, context))
 
 
 # Masks
@@ -361,9 +361,9 @@ def test_a_converted_mask_says_the_same_there(kind, dialect):
     other = mask & mask_of(KINDS[kind], m)
     theirs, others = (convert_mask(one, "mha_book", dialect, (s.b, s.h, s.n, m), dtype=torch.float64)
                       for one in (mask, other))
-    close(*ASK[dialect](mask, theirs, m))
+    assert_close(*ASK[dialect](mask, theirs, m))
     with pytest.raises(AssertionError):                                # and another mask does not
-        close(*ASK[dialect](mask, others, m))
+        assert_close(*ASK[dialect](mask, others, m))
 
 
 def test_every_library_is_asked():
@@ -375,7 +375,7 @@ def test_causality_travels_as_a_mask(dialect):
     causal = causal_mask(s.n, s.m)                                     # aligned at the end, as everywhere here
     both = causal & mask_of("b 1 n m", s.m, 0.9)
     for mask in (causal, both):
-        close(*ASK[dialect](mask, convert_mask(mask, "mha_book", dialect, (s.b, s.h, s.n, s.m)), s.m))
+        assert_close(*ASK[dialect](mask, convert_mask(mask, "mha_book", dialect, (s.b, s.h, s.n, s.m)), s.m))
 
 
 @pytest.mark.parametrize("call", [sdpa, onnx])
@@ -383,7 +383,7 @@ def test_their_own_causality_begins_at_the_first_key(call):
     for m in (s.n, s.m):
         q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, m, s.d), random(s.b, s.h, m, s.d)
         got = call(q, k, v, None, is_causal=True)
-        close(got, attention(q, k, v, mask=torch.ones(s.n, m, dtype=torch.bool).tril()))
+        assert_close(got, attention(q, k, v, mask=torch.ones(s.n, m, dtype=torch.bool).tril()))
         assert torch.allclose(got, attention(q, k, v, is_causal=True)) == (m == s.n)
 
 
@@ -398,7 +398,7 @@ def random_rows(*shape):
 def test_three_axes_mean_heads_to_a_kernel(call, dialect):
     mask, shape = random_rows(4, s.n, s.m), (4, 4, s.n, s.m)
     q, k, v = random(4, 4, s.n, s.d), random(4, 4, s.m, s.d), random(4, 4, s.m, s.d)
-    close(call(q, k, v, mask), attention(q, k, v, mask=mask[None]))
+    assert_close(call(q, k, v, mask), attention(q, k, v, mask=mask[None]))
     assert torch.equal(convert_mask(mask, dialect, "mha_book", shape), mask[None].expand(shape))
     assert not torch.allclose(call(q, k, v, mask), attention(q, k, v, mask=mask[:, None]))
 
@@ -409,7 +409,7 @@ def test_three_axes_mean_sentences_to_keras_and_heads_to_flax(kind, dialect, pla
     theirs, x, context = kind(heads, s.e, s.e, True), random(4, s.n, s.e), random(4, s.m, s.e)
     ours = from_state_dict(theirs.state(), heads, "kernels")
     right, wrong = mask.unsqueeze(place), mask.unsqueeze(1 - place)
-    close(theirs(x, context, mask), ours(x, context, mask=right))
+    assert_close(theirs(x, context, mask), ours(x, context, mask=right))
     assert torch.equal(convert_mask(mask, dialect, "mha_book", shape), right.expand(shape))
     assert not torch.allclose(theirs(x, context, mask), ours(x, context, mask=wrong))
 
@@ -419,7 +419,7 @@ def test_three_axes_mean_both_to_torchs_layer():
     layer = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
     x, context = random(2, s.n, 8), random(2, s.m, 8)
     pairs = torch.stack([torch.stack([mask[2 * i + a] for a in range(2)]) for i in range(2)])
-    close(layer(x, context, context, attn_mask=~mask)[0], from_torch(layer)(x, context, mask=pairs))
+    assert_close(layer(x, context, context, attn_mask=~mask)[0], from_torch(layer)(x, context, mask=pairs))
     assert torch.equal(convert_mask(~mask, "torch", "flax", (2, 2, s.n, s.m)), pairs)
 
 

@@ -25,7 +25,7 @@ def problems(draw):
     return q, k, v, mask
 
 
-def close(a, b, atol=1e-12):
+def assert_close(a, b, atol=1e-12):
     torch.testing.assert_close(a, b, atol=atol * max(1.0, b.abs().max().item() if b.numel() else 1.0), rtol=0)
 
 
@@ -37,20 +37,20 @@ def expand(t, q):
 @given(problems(), KERNELS)
 def test_it_is_the_loop(problem, attend):
     q, k, v, mask = problem
-    close(attend(q, k, v, mask=mask), reference_attention(q, k, v, mask=mask))
+    assert_close(attend(q, k, v, mask=mask), reference_attention(q, k, v, mask=mask))
 
 
 @given(problems(), KERNELS)
 def test_grouped_heads_are_repeated_heads(problem, attend):
     q, k, v, mask = problem
-    close(attend(q, k, v, mask=mask), attend(q, expand(k, q), expand(v, q), mask=mask))
+    assert_close(attend(q, k, v, mask=mask), attend(q, expand(k, q), expand(v, q), mask=mask))
 
 
 @given(problems())
 def test_weights_are_positive_and_sum_to_one(problem):
     q, k, _, mask = problem
     weights = attention_weights(q, k, mask=mask)
-    close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert weights.min() >= 0 and weights.masked_select(~mask.expand_as(weights)).abs().sum() == 0
 
 
@@ -58,7 +58,7 @@ def test_weights_are_positive_and_sum_to_one(problem):
 def test_queries_of_zero_give_the_mean_of_what_they_see(problem, attend):
     q, k, v, mask = problem
     share = mask.double() / mask.sum(-1, keepdim=True)
-    close(attend(torch.zeros_like(q), k, v, mask=mask), share.expand(-1, q.shape[1], -1, -1) @ expand(v, q))
+    assert_close(attend(torch.zeros_like(q), k, v, mask=mask), share.expand(-1, q.shape[1], -1, -1) @ expand(v, q))
 
 
 @given(problems(), KERNELS)
@@ -84,14 +84,14 @@ def test_a_hidden_key_is_a_key_cut_away(problem, attend):
     q, k, v, _ = problem
     keep = max(1, k.shape[2] - 2)
     real = torch.arange(k.shape[2]) < keep
-    close(attend(q, k, v, mask=real), attend(q, k[:, :, :keep], v[:, :, :keep]))
+    assert_close(attend(q, k, v, mask=real), attend(q, k[:, :, :keep], v[:, :, :keep]))
 
 
 @given(problems(), KERNELS)
 def test_a_number_added_to_a_whole_row_changes_nothing(problem, attend):
     q, k, v, mask = problem
     row = torch.randn(q.shape[2], 1, dtype=q.dtype) * 5
-    close(attend(q, k, v, mask=mask, bias=row.expand(-1, k.shape[2])), attend(q, k, v, mask=mask))
+    assert_close(attend(q, k, v, mask=mask, bias=row.expand(-1, k.shape[2])), attend(q, k, v, mask=mask))
 
 
 @given(problems(), KERNELS)
@@ -111,21 +111,21 @@ def test_a_mask_and_causality_hold_together(problem, attend):
     q, k, v, mask = problem
     n, m = q.shape[2], k.shape[2]
     both = mask & (torch.arange(m) <= torch.arange(n)[:, None] + m - n)
-    close(attend(q, k, v, mask=mask, is_causal=True), attend(q, k, v, mask=both))
+    assert_close(attend(q, k, v, mask=mask, is_causal=True), attend(q, k, v, mask=both))
 
 
 @given(problems(), KERNELS)
 def test_memory_layout_does_not_matter(problem, attend):
     q, k, v, mask = problem
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    close(attend(*strided, mask=mask), attend(q, k, v, mask=mask))
+    assert_close(attend(*strided, mask=mask), attend(q, k, v, mask=mask))
 
 
 @given(problems(), KERNELS)
 def test_sentences_do_not_see_each_other(problem, attend):
     q, k, v, mask = problem
     one_by_one = [attend(q[i:i + 1], k[i:i + 1], v[i:i + 1], mask=mask[i:i + 1]) for i in range(len(q))]
-    close(torch.cat(one_by_one), attend(q, k, v, mask=mask))
+    assert_close(torch.cat(one_by_one), attend(q, k, v, mask=mask))
 
 
 @given(problems(), KERNELS, st.sampled_from([0, 1, 2]))
@@ -162,7 +162,7 @@ def test_the_attention_map_explains_the_output(problem, is_causal):
     _, _, v = layer.project(x, None)
     weights = layer.attention_map(x, is_causal=is_causal)
     mixed = weights @ expand(split_heads(v, layer.layout.num_kv_heads), weights)
-    close(layer.out_proj(merge_heads(mixed)), layer(x, is_causal=is_causal))
+    assert_close(layer.out_proj(merge_heads(mixed)), layer(x, is_causal=is_causal))
 
 
 @given(layers(), st.integers(1, 3), st.booleans())
@@ -170,7 +170,7 @@ def test_padded_heads_are_inert_and_stay_so(problem, more, is_causal):
     layer, x = problem
     h, g, _ = layer.layout
     wide = pad_heads(layer, h + more * (h // g))
-    close(wide(x, is_causal=is_causal), layer(x, is_causal=is_causal))
+    assert_close(wide(x, is_causal=is_causal), layer(x, is_causal=is_causal))
     wide(x, is_causal=is_causal).square().sum().backward()
     for part, first, count in (("q", h, h + more * (h // g)), ("k", g, g + more), ("v", g, g + more)):
         for head in range(first, count):
@@ -193,7 +193,7 @@ def test_the_order_of_heads_means_nothing(problem, random):
         if layer.in_proj.bias is not None:
             layer.in_proj.bias.copy_(layer.in_proj.bias[rows])
         layer.out_proj.weight.copy_(layer.out_proj.weight[:, columns])
-    close(layer(x), before)
+    assert_close(layer(x), before)
 
 
 @given(problems(), KERNELS)
