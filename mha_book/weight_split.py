@@ -27,7 +27,7 @@ def split_heads(
 
     Raises RuntimeError where `num_heads` does not divide the width.
     """
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 # %% ../nbs/03_weight_split.ipynb #merge
 def merge_heads(

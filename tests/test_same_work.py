@@ -4,7 +4,7 @@ import torch
 from minimal_layer import MinimalLayer, torch_layer
 
 from mha_book import MultiHeadAttention, fused_attend
-from mha_book.testing import _quiet_stderr, peak_bytes
+from mha_book.device import _quiet_stderr, peak_bytes
 
 
 def operations(call):
