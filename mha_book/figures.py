@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD_COLORS', 'LINE_COLORS', 'MARKERS', 'WEIGHTS', 'head_color', 'line_color', 'attention_map', 'curves',
-           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'cover']
+           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline', 'ratio_bars', 'cover']
 
 # %% ../nbs/90_figures.ipynb #imports
 import matplotlib as mpl
@@ -97,7 +97,8 @@ def curves(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if logx:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(x[::2], [f"{v:g}" for v in x[::2]])
+        ticks = x if len(x) < 6 else x[::2]
+        ax.set_xticks(ticks, [f"{v:g}" for v in ticks])
         ax.minorticks_off()
     if logy:
         ax.set_yscale("log")
@@ -211,6 +212,62 @@ def step_graph(
         ax.text(x[i], -depth[i], name, ha="center", va="center", fontsize=10.5, bbox=box)
     ax.set(xlim=(0, 1), ylim=(-max(depth) - 0.5, 0.5))
     ax.axis("off")
+    return ax
+
+# %% ../nbs/90_figures.ipynb #roof-code
+def roofline(
+    machines: dict[str, tuple[float, float]],           # name -> FLOP/s, bytes/s
+    points: dict[str, dict[str, tuple[float, float]]],  # kind -> step -> FLOPs/byte, FLOP/s
+    ax: Axes | None = None,
+) -> Axes:
+    "Machines as roofs and steps as points, on logarithmic axes. A kind has one marker."
+    ax = plt.subplots(figsize=(6, 4.2))[1] if ax is None else ax
+    ridges = [flops / bandwidth for flops, bandwidth in machines.values()]
+    across = [x for steps in points.values() for x, _ in steps.values()] + ridges
+    x = np.geomspace(min(across) / 8, max(across) * 6, 200)
+    for i, (name, (flops, bandwidth)) in enumerate(machines.items()):
+        ax.plot(x, np.minimum(flops, bandwidth * x), label=name,
+                color=line_color(i), linestyle=("-", "--", ":")[i % 3])
+    for i, (kind, steps) in enumerate(points.items()):
+        ax.plot(*zip(*steps.values()), MARKERS[i % len(MARKERS)], color=line_color(0),
+                markerfacecolor="white" if i else line_color(0), markersize=7, label=kind)
+        for j, (step, at) in enumerate(steps.items()):   # below and above, in turn
+            where = (-6, 5) if j % 2 else (6, -5)
+            ax.annotate(step, at, where, textcoords="offset points", fontsize=10,
+                        va="bottom" if j % 2 else "top", ha="right" if j % 2 else "left",
+                        bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s",
+           xlim=(x[0], x[-1]))
+    ax.tick_params(which="minor", labelbottom=False, labelleft=False)
+    ax.legend(loc="lower right")
+    return ax
+
+# %% ../nbs/90_figures.ipynb #ratios-code
+def ratio_bars(
+    series: dict[str, dict[str, tuple[float, float, float]]],  # -> name -> ratio, low, high
+    band: float,               # how far the base strays from itself
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    "Times as multiples of a base, with their spread; what lies in the stripe is no difference."
+    names = list(dict.fromkeys(name for rows in series.values() for name in rows))
+    ax = plt.subplots(figsize=(6, 0.8 + 0.36 * len(names)))[1] if ax is None else ax
+    ax.axvspan(1 - band, 1 + band, color="#DDDDDD", linewidth=0)
+    for i, (label, rows) in enumerate(series.items()):
+        y = [names.index(name) + 0.2 * (i - (len(series) - 1) / 2) for name in rows]
+        ratio, low, high = np.array(list(rows.values())).T
+        ax.hlines(y, low, high, color=line_color(i))
+        ax.plot(ratio, y, MARKERS[i % len(MARKERS)], color=line_color(i), label=label)
+    ax.set(xscale="log", xlabel="time, as a multiple of the base",
+           ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticks(range(len(names)), names)
+    left, right = ax.get_xlim()
+    fine, coarse = np.arange(0.5, 2.1, 0.1), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    ticks = [t for t in (fine if right < 2 * left else coarse) if left <= t <= right]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    if len(series) > 1:
+        ax.legend()
     return ax
 
 # %% ../nbs/90_figures.ipynb #cover-code
