@@ -92,13 +92,18 @@ test-libraries: $(READY) ## compare with Transformers, Keras and Flax (installs 
 	@$(BIN)/python -m pip install --disable-pip-version-check -c .venv/constraints.txt -e '.[libraries]'
 	@MHA_LIBRARIES_REQUIRED=1 $(BIN)/python -m pytest tests/test_libraries.py
 
+.PHONY: test-devices
+test-devices: $(READY) ## run every notebook on a simulated GPU that refuses to mix devices
+	@MHA_DEVICES_REQUIRED=1 $(BIN)/python -m pytest tests/test_devices.py
+
 .PHONY: test-gpu
 test-gpu: $(READY) ## run the tests that need a GPU
 	@$(BIN)/python -m pytest tests/test_gpu.py
 
 .PHONY: bench
-bench: $(READY) ## measure on this machine
-	@$(BIN)/python tests/bench.py
+bench: $(READY) ## measure on this machine (half an hour), for your column in the book's tables
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book bench --json nbs/measured/yours.json
 
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)

@@ -84,7 +84,7 @@ def out_of_order(package: Path, number: dict[str, int]) -> list[str]:
     faults = []
     for name in sorted(number):
         for other in sorted(own_imports((package / f"{name}.py").read_text(encoding="utf8"), number)):
-            later = number[other] >= number[name]
+            later = (number[other], other) >= (number[name], name)  # those that share a number: by name
             helper = number[name] < HELPERS <= number[other]
             if (later or helper) and (name, other) not in EXCEPTIONS:
                 faults.append(f"{number[name]:02}_{name} imports {number[other]:02}_{other}")
@@ -98,6 +98,8 @@ def test_import_order_is_reading_order():
 @pytest.mark.parametrize("name, source, caught", [
     ("two", "from .one import f", False),
     ("two", "import mha_book.one", False),
+    ("two", "from .twice import f", False),
+    ("twice", "from .two import f", True),
     ("check", "from .testing import f", False),
     ("testing", "from .check import f", False),
     ("one", "from .two import f", True),
@@ -109,7 +111,7 @@ def test_import_order_is_reading_order():
     ("testing", "from . import f", True),
 ])
 def test_bad_order_is_seen(tmp_path, name, source, caught):
-    number = {"one": 1, "two": 2, "check": 25, "testing": 91, "__init__": 99}
+    number = {"one": 1, "twice": 2, "two": 2, "check": 25, "testing": 91, "__init__": 99}
     for module in number:
         (tmp_path / f"{module}.py").write_text(source if module == name else "import torch\n")
     assert bool(out_of_order(tmp_path, number)) == caught
