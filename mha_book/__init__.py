@@ -7,8 +7,7 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/99_api.ipynb #api
-from .single_head import (
-    AttentionHead, attention, attention_weights, causal_mask, fused_attend)
+from .single_head import AttentionHead, causal_mask, fused_attend
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
@@ -16,11 +15,14 @@ from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
 from .layouts import from_state_dict, from_torch, to_torch
 from .masks import convert_mask
 from .gradients import gradient_report
+from .device import benchmark, peak_bytes, pick_device
+from .backends import attention, attention_weights, explain_dispatch
+from . import flex as _flex    # enters itself into the registry of `attention`
 
 __all__ = [
     "AttentionHead", "Dialect", "HeadLayout", "HeadList", "MultiHeadAttention",
-    "attention", "attention_weights", "causal_mask", "convert_layout", "convert_mask",
-    "fitting_dialects", "from_state_dict", "from_torch", "fused_attend",
-    "gradient_report", "guess_dialect", "head_counts", "merge_heads", "pad_heads",
-    "split_heads", "to_torch",
+    "attention", "attention_weights", "benchmark", "causal_mask", "convert_layout",
+    "convert_mask", "explain_dispatch", "fitting_dialects", "from_state_dict",
+    "from_torch", "fused_attend", "gradient_report", "guess_dialect", "head_counts",
+    "merge_heads", "pad_heads", "peak_bytes", "pick_device", "split_heads", "to_torch",
 ]

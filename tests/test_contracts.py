@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import mha_book
-from mha_book import (AttentionHead, HeadLayout, HeadList, MultiHeadAttention, attention, attention_weights,
-                      causal_mask, fused_attend, head_counts, pad_heads, split_heads)
+from mha_book import (AttentionHead, HeadLayout, HeadList, MultiHeadAttention, causal_mask, fused_attend, head_counts,
+                      pad_heads, split_heads)
+from mha_book.single_head import attention, attention_weights
 from mha_book.testing import SIZES, refuse_nonfinite
 
 s = SIZES

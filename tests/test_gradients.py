@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mha_book import MultiHeadAttention, attention, fused_attend, pad_heads
+from mha_book import MultiHeadAttention, fused_attend, pad_heads
 from mha_book.gradients import _is_view, backward_graph, gradient_report
+from mha_book.single_head import attention
 from mha_book.testing import SIZES as s
 from mha_book.testing import reference_attention, saved_tensors
 from mha_book.weight_split import StackedProjections

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_contracts import refused
 from torch import nn
 
-from mha_book import HeadLayout, MultiHeadAttention, attention
+from mha_book import HeadLayout, MultiHeadAttention
 from mha_book.layouts import (DIALECTS, Dialect, convert_layout, fitting_dialects, from_state_dict, from_torch,
                               guess_dialect, to_torch)
+from mha_book.single_head import attention
 from mha_book.testing import SIZES
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)

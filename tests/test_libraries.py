@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mha_book import HeadLayout, attention, causal_mask
+from mha_book import HeadLayout, causal_mask
 from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch, guess_dialect
 from mha_book.masks import MASK_DIALECTS, convert_mask
+from mha_book.single_head import attention
 from mha_book.testing import SIZES
 
 os.environ.setdefault("KERAS_BACKEND", "torch")

@@ -3,39 +3,56 @@
 Every pair of choices meets in some case. All combinations: `make parity` (an hour or two).
 """
 import os
+from functools import partial
 
 import pytest
 import torch
 from pairs import every_pair, full_grid
 
-from mha_book import MultiHeadAttention, attention, fused_attend
+from mha_book import MultiHeadAttention, fused_attend
+from mha_book.backends import BACKENDS, attention
+from mha_book.single_head import attention as definition
 from mha_book.testing import SIZES, assert_as_exact, reference_attention
 
 s = SIZES
 CHOICES = {
-    "attend": [attention, fused_attend],
+    "attend": ["definition", "fused_attend", "math", "sdpa", "flex", "auto"],
     "dtype": [torch.float64, torch.float32, torch.bfloat16, torch.float16],
     "lengths": [(5, 7), (6, 6), (7, 5), (1, 7), (5, 1), (1, 1)],
     "groups": [6, 3, 1],
-    "mask": ["none", "m", "n m", "h n m", "b 1 n m", "b 1 1 m", "nothing visible"],
-    "bias": ["none", "m", "h n m", "b h n m"],
+    "mask": ["none", "m", "n m", "h n m", "b 1 n m", "b 1 1 m", "m of 1", "nothing visible"],
+    "bias": ["none", "m", "h n m", "b h n m", "m of 1"],
     "is_causal": [False, True],
+    "window": [None, 1, 3, (2, 1), (None, 1), (0, None), (40, 40)],
+    "softcap": [None, 1.5],
+    "sinks": [False, True],
     "scale": [None, 0.2, -0.3],
-    "values": ["d", "wider"],
+    "values": ["d", "wider", "narrower"],
     "layout": ["contiguous", "tokens first"],
 }
-CASES = full_grid(CHOICES) if os.environ.get("MHA_FULL_GRID") else every_pair(CHOICES)
+CASES = full_grid(CHOICES) if os.environ.get("MHA_FULL_GRID") else every_pair(CHOICES) + every_pair(CHOICES, seed=1)
+EXTRAS = "window", "softcap", "sinks"          # options that came with chapter 7
+
+
+def implementation(case):
+    "The function, and what of this call it lacks."
+    name = case["attend"]
+    if name in ("definition", "fused_attend"):
+        return {"definition": definition, "fused_attend": fused_attend}[name], None
+    return partial(attention, impl=name), "softcap" if name == "sdpa" and case["softcap"] else None
 
 
 def size_of(axes, n, m):
     "The shape that a string such as 'b 1 n m' names."
+    if axes == "m of 1":
+        return [1]
     return [{"b": s.b, "h": s.h, "n": n, "m": m, "1": 1}[axis] for axis in axes.split()]
 
 
 def inputs(case):
     "q, k, v in float64, and the options, all rounded to the case's dtype so that the definition sees the same numbers."
     n, m = case["lengths"]
-    dv = s.d if case["values"] == "d" else s.dv
+    dv = {"d": s.d, "wider": s.dv, "narrower": s.d - 3}[case["values"]]
     shapes = (s.b, s.h, n, s.d), (s.b, case["groups"], m, s.d), (s.b, case["groups"], m, dv)
     heads = [torch.randn(shape).to(case["dtype"]).double() for shape in shapes]
     if case["layout"] == "tokens first":
@@ -47,16 +64,18 @@ def inputs(case):
         options["mask"] = torch.rand(size_of(case["mask"], n, m)) < 0.6
     if case["bias"] != "none":
         options["bias"] = torch.randn(size_of(case["bias"], n, m)).to(case["dtype"]).double()
+    if case["attend"] not in ("definition", "fused_attend"):
+        options |= {name: case[name] for name in EXTRAS if case[name]}
+        if case["sinks"]:
+            options["sinks"] = torch.randn(s.h).to(case["dtype"]).double()
     return heads, options
 
 
 def outcome(attend, heads, options, dtype, upstream):
-    "The output and the gradients of q, k, v and bias, computed in `dtype`."
-    heads = [t.to(dtype).requires_grad_() for t in heads]
-    bias = options.get("bias")
-    leaves = heads if bias is None else [*heads, bias.to(dtype).requires_grad_()]
-    options = options if bias is None else options | {"bias": leaves[-1]}
-    out = attend(*heads, **options)
+    "The output and the gradients of q, k, v, bias and sinks, computed in `dtype`."
+    learned = [name for name in ("bias", "sinks") if name in options]
+    leaves = [t.to(dtype).requires_grad_() for t in [*heads, *(options[name] for name in learned)]]
+    out = attend(*leaves[:3], **options | dict(zip(learned, leaves[3:])))
     if not out.requires_grad:                                 # nothing was visible, so the loop touched nothing
         return [out, *map(torch.zeros_like, leaves)]
     grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
@@ -70,14 +89,32 @@ def name_of(case):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_parity(case):
     heads, options = inputs(case)
+    attend, lacking = implementation(case)
+    if lacking:
+        rounded = [t.to(case["dtype"]) for t in heads]
+        with pytest.raises(NotImplementedError, match=f'impl="{case["attend"]}" lacks {lacking}; .*math'):
+            attend(*rounded, **options)
+        return
     upstream = torch.randn(*heads[0].shape[:3], heads[2].shape[-1]).to(case["dtype"]).double()
+    plainly = definition if case["attend"] in ("definition", "fused_attend") else partial(attention, impl="math")
     exact = outcome(reference_attention, heads, options, torch.float64, upstream)
-    plain = outcome(attention, heads, options, case["dtype"], upstream)
-    got = outcome(case["attend"], heads, options, case["dtype"], upstream)
+    plain = outcome(plainly, heads, options, case["dtype"], upstream)
+    with torch.set_grad_enabled(case["attend"] != "flex"):    # which has no backward pass on a CPU
+        got = (outcome if torch.is_grad_enabled() else outputs)(attend, heads, options, case["dtype"], upstream)
     sizes = [heads[2].abs().max(), *[max(g.detach().abs().max() for g in exact[1:])] * (len(exact) - 1)]
     for mine, true, simple, size in zip(got, exact, plain, sizes):
         assert mine.dtype == case["dtype"]
         assert_as_exact(mine, true, simple, size.item())
+
+
+def outputs(attend, heads, options, dtype, upstream):
+    "The output alone."
+    options = {name: value.to(dtype) if name in ("bias", "sinks") else value for name, value in options.items()}
+    return [attend(*(t.to(dtype) for t in heads), **options)]
+
+
+def test_every_implementation_is_here():
+    assert set(BACKENDS) < set(CHOICES["attend"])
 
 
 def test_every_pair_is_covered():

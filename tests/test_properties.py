@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_book import (MultiHeadAttention, attention, attention_weights, fused_attend, merge_heads, pad_heads,
-                      split_heads)
+from mha_book import MultiHeadAttention, fused_attend, merge_heads, pad_heads, split_heads
+from mha_book.single_head import attention, attention_weights
 from mha_book.testing import reference_attention
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)

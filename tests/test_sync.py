@@ -2,6 +2,7 @@
 import ast
 import email
 import filecmp
+import importlib
 import json
 import os
 import re
@@ -139,6 +140,23 @@ def test_wheel_metadata_is_settings(wheel):
     expected = {extra: {plain(line) for line in text.split("\n") if line.strip()}
                 for extra, text in {"": want["requirements"], **extras}.items()}
     assert requirements(meta) == expected
+
+
+def commands(wheel: Path) -> dict[str, str]:
+    "The commands that a wheel brings, and the functions behind them."
+    parser = ConfigParser(delimiters=["="])
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        parser.read_string(archive.read(name).decode())
+    return dict(parser["console_scripts"]) if "console_scripts" in parser else {}
+
+
+def test_wheel_brings_the_commands(wheel):
+    wanted = dict(line.split("=") for line in settings()["console_scripts"].split("\n") if line.strip())
+    assert commands(wheel) == wanted and wanted
+    for target in wanted.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_wheel_holds_the_package_alone(wheel):
