@@ -16,7 +16,8 @@ from .layouts import from_state_dict, from_torch, to_torch
 from .masks import convert_mask
 from .gradients import gradient_report
 from .device import benchmark, peak_bytes, pick_device
-from .backends import attention, attention_weights, explain_dispatch
+from .backends import attention, attention_weights
+from .dispatch import explain_dispatch
 from . import flex as _flex    # enters itself into the registry of `attention`
 
 __all__ = [

@@ -241,8 +241,10 @@ class MultiHeadAttention(StackedProjections):
         "Queries, keys and values, one matrix per head, and all masks as one."
         _check_call(self, x, context, key_padding_mask, cache)
         h, g, _ = self.layout
-        parts = zip(self.project(x, context), (h, g, g))
-        q, k, v = (split_heads(part, heads) for part, heads in parts)
+        if context is None:    # all stripes at once: a head is a slice, whosever it is
+            q, k, v = split_heads(self.in_proj(x), h + 2 * g).split((h, g, g), dim=1)
+        else:
+            q, k, v = map(split_heads, self.project(x, context), (h, g, g))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:

@@ -12,10 +12,8 @@ class MinimalLayer(nn.Module):
 
     def forward(self, x, is_causal=False):
         h, g, d = self.layout
-        q, k, v = self.in_proj(x).split((h * d, g * d, g * d), dim=-1)
-        q = q.unflatten(-1, (h, d)).transpose(1, 2)
-        k = k.unflatten(-1, (g, d)).transpose(1, 2)
-        v = v.unflatten(-1, (g, d)).transpose(1, 2)
+        heads = self.in_proj(x).unflatten(-1, (h + 2 * g, d)).transpose(1, 2)
+        q, k, v = heads.split((h, g, g), dim=1)
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=h != g)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 

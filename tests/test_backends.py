@@ -14,9 +14,9 @@ from test_same_work import operations
 from torch.overrides import TorchFunctionMode
 
 from mha_book import MultiHeadAttention, backends, fused_attend
-from mha_book.backends import (BACKENDS, AttentionCall, Backend, attention, attention_weights, explain_dispatch,
-                               torch_kernel, window_mask)
+from mha_book.backends import BACKENDS, AttentionCall, Backend, attention, attention_weights, window_mask
 from mha_book.device import peak_bytes
+from mha_book.dispatch import explain_dispatch, torch_kernel
 from mha_book.flex import _score_mod
 from mha_book.testing import SIZES, reference_attention
 

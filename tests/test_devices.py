@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mha_book
 import mha_book.flex  # noqa: F401  enters its backend
-from mha_book import backends, single_head
+from mha_book import backends, dispatch, single_head
 from mha_book.layouts import DIALECTS
 from mha_book.masks import convert_mask
 from mha_book.nine_ways import NINE_WAYS
@@ -273,7 +273,7 @@ enter("attention, sdpa", partial(mixed, attend=partial(backends.attention, impl=
 
 def explained(device, options):
     q, k, v = heads(device)
-    assert str(backends.explain_dispatch(q, k, v, **options(device))).startswith("runs ")
+    assert str(dispatch.explain_dispatch(q, k, v, **options(device))).startswith("runs ")
     return q
 
 

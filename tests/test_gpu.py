@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from mha_book import MultiHeadAttention, convert_mask, from_torch, fused_attend, gradient_report, to_torch
-from mha_book.backends import BACKENDS, explain_dispatch
+from mha_book.backends import BACKENDS
 from mha_book.backends import attention as attention_by
 from mha_book.cli import main
+from mha_book.dispatch import explain_dispatch
 from mha_book.measured import read_measurement
 from mha_book.nine_ways import NINE_WAYS
 from mha_book.single_head import attention
