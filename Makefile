@@ -101,7 +101,7 @@ test-gpu: $(READY) ## run the tests that need a GPU
 	@$(BIN)/python -m pytest tests/test_gpu.py
 
 .PHONY: bench
-bench: $(READY) ## measure on this machine (half an hour), for your column in the book's tables
+bench: $(READY) ## measure on this machine (a quarter of an hour on a CPU), for your column in the book's tables
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book bench --json nbs/measured/yours.json
 

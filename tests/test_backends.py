@@ -534,3 +534,97 @@ def test_a_mask_of_rank_three_is_no_trap_here():
     mask = torch.rand(s.h, 40, 40) < 0.8
     assert torch_kernel(q, k, v, attn_mask=mask)[0] == "math"
     assert explain_dispatch(q, k, v, mask=mask).kernel == "flash"
+
+
+# What a hostile review found
+
+
+@OURS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [None, 2.0, -2.0, 1e-3])
+@pytest.mark.parametrize("sink", [3.0, -3e4, -float("inf")])
+@pytest.mark.parametrize("impl", ["math", "sdpa", "flex", "auto"])
+def test_sinks_of_any_size_under_any_scale(dtype, scale, sink, impl):
+    q, k, v = heads(n=12, m=12, dtype=dtype)
+    sinks = torch.full((s.h,), sink, dtype=dtype)
+    exact = reference_attention(q, k, v, sinks=sinks.double().clamp(min=-1e6), scale=scale, is_causal=True)
+    got = attention(q, k, v, sinks=sinks, scale=scale, is_causal=True, impl=impl)
+    plain = attention(q, k, v, sinks=sinks, scale=scale, is_causal=True, impl="math")
+    bound = 2 * (plain.double() - exact).abs().max() + 8 * torch.finfo(dtype).eps * v.abs().max().double()
+    assert (got.double() - exact).abs().max() <= max(bound.item(), 1e-9 if dtype == torch.float64 else 0)
+
+
+@OURS
+def test_a_sink_that_never_speaks_survives_autocast():
+    q, k, v = heads(n=40, m=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, sinks=torch.full((s.h,), -float("inf")))
+    torch.testing.assert_close(out.float(), attention(q, k, v), atol=0.05, rtol=0.05)
+
+
+@OURS
+def test_auto_refuses_nothing_where_torch_cannot_be_asked():
+    q, k, v = heads(n=40, m=40, g=s.h)
+    each = torch.vmap(lambda *one: attention(*(t[None] for t in one), window=5)[0])(q, k, v)
+    torch.testing.assert_close(each, attention(q, k, v, window=5))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert attention(q, k, v, window=5, dropout_p=0.1).shape == q.shape
+        assert explain_dispatch(q, k, v, window=5, dropout_p=0.1).impl == "math"
+
+
+@OURS
+def test_flex_keeps_no_block_mask_of_a_passing_mode():
+    q, k, v = heads(n=33, m=33)
+    with torch.inference_mode():
+        attention(q, k, v, window=7, impl="flex")
+    from mha_book.flex import _near_once
+    assert not _near_once(33, 33, 6, None, q.device).kv_num_blocks.is_inference()
+    with torch._subclasses.FakeTensorMode() as fake:
+        attention(*(fake.from_tensor(t) for t in heads(n=35, m=35)), window=7, impl="flex")
+    attention(*heads(n=35, m=35), window=7, impl="flex")
+
+
+@OURS
+def test_flex_caps_in_the_width_of_its_inputs():
+    q, k, v = heads(dtype=torch.float64)
+    exact = reference_attention(q, k, v, softcap=1.3)
+    assert (attention(q, k, v, softcap=1.3, impl="flex") - exact).abs().max() < 1e-12
+
+
+@OURS
+def test_flex_gives_nothing_to_a_blind_query_without_a_sink():
+    q, k, v = heads()
+    mask = torch.ones(s.n, s.m, dtype=torch.bool)
+    mask[1] = False
+    out = attention(q, k, v, mask=mask, sinks=torch.full((s.h,), -float("inf")), impl="flex")
+    assert (out[:, :, 1] == 0).all() and out.isfinite().all()
+
+
+@OURS
+@pytest.mark.parametrize("impl", ["auto", "math"])
+@pytest.mark.parametrize("scale, error", [("x", TypeError), (True, TypeError), (float("nan"), ValueError),
+                                          (float("inf"), ValueError)])
+def test_a_scale_that_is_none_is_refused(impl, scale, error):
+    with pytest.raises(error, match="scale"):
+        attention(*heads(), scale=scale, impl=impl)
+
+
+@OURS
+def test_a_wide_bias_beside_sinks_is_not_held_in_its_own_width():
+    q, k, v = heads(n=200, m=200, dtype=torch.bfloat16)
+    options = dict(bias=torch.zeros(s.h, 200, 200, dtype=torch.float64), window=17,
+                   sinks=torch.zeros(s.h, dtype=torch.bfloat16))
+    with torch.no_grad():
+        held = {impl: peak_bytes(lambda: attention(q, k, v, impl=impl, **options)) for impl in ("auto", "math")}
+    assert held["auto"] <= held["math"]
+
+
+@OURS
+def test_decoding_with_sinks_runs_the_kernel():
+    "The definition copies keys and values for every query head; one query against many keys must not."
+    q, k, v = heads(h=8, g=2, n=1, m=2048, d=64)
+    sinks = torch.zeros(8)
+    assert explain_dispatch(q, k, v, sinks=sinks).impl == "sdpa"
+    with torch.no_grad():
+        held = {impl: peak_bytes(lambda: attention(q, k, v, sinks=sinks, impl=impl)) for impl in ("auto", "math")}
+    assert held["auto"] < held["math"]
