@@ -328,7 +328,7 @@ def stand_ins(mode: SimulatedGPU) -> list:
     def find_triton(name, package=None):
         return importlib.machinery.ModuleSpec(name, None) if name == "triton" else find_spec(name, package)
 
-    properties = types.SimpleNamespace(name="simulated GPU", major=9, minor=0, total_memory=MEMORY,
+    properties = types.SimpleNamespace(uuid="0", name="simulated GPU", major=9, minor=0, total_memory=MEMORY,
                                        multi_processor_count=1)
     cuda = dict(
         _initialized=True, is_available=gives(True), device_count=gives(1), current_device=gives(0),
