@@ -214,7 +214,7 @@ def _quiet_stderr():
         os.close(kept)
         os.close(nowhere)
 
-
+# %% ../nbs/06_device.ipynb #bytes-code-allocations
 def _allocations(events) -> Iterator[tuple[int, int, int]]:
     "All (time, address, bytes) of the CPU's allocations and frees; a free is negative."
     for event in events:
@@ -224,7 +224,7 @@ def _allocations(events) -> Iterator[tuple[int, int, int]]:
                 yield event.start_time_ns, block.ptr, block.alloc_size
         yield from _allocations(event.children)
 
-
+# %% ../nbs/06_device.ipynb #bytes-code-cpu-peak
 def _cpu_peak(call: Callable[[], object]) -> int:
     "`peak_bytes` on a CPU."
     if torch.autograd._profiler_enabled():

@@ -34,7 +34,7 @@ class Contest:
     compile_seconds: dict[str, float] = field(default_factory=dict)
     train: bool = False                       # whether autograd records the calls
 
-
+# %% ../nbs/91_suites.ipynb #contest-setting
 @dataclass(frozen=True)
 class Setting:
     "Where and at which size a contest is held."
@@ -95,7 +95,7 @@ def layers(at: Setting) -> Iterator[Contest]:
     if at.batch * at.tokens * at.width <= SMALL:
         yield from (_no_mask(at, train) for train in MODES)
 
-
+# %% ../nbs/91_suites.ipynb #layers-layers
 def _layers(at: Setting, train: bool) -> Contest:
     "Causal layers."
     layer, x = at.layer_and_tokens(train)
@@ -110,7 +110,7 @@ def _layers(at: Setting, train: bool) -> Contest:
     return Contest(MODES[train], _calls(forwards, train), (x,), at.work(train), absent,
                    train=train)
 
-
+# %% ../nbs/91_suites.ipynb #layers-no-mask
 def _no_mask(at: Setting, train: bool) -> Contest:
     "Forward passes without causality, where what a layer does around its kernel counts."
     layer, x = at.layer_and_tokens(train)
@@ -122,7 +122,7 @@ def _no_mask(at: Setting, train: bool) -> Contest:
     mode = "forward, no mask" + ", gradients on" * train
     return Contest(mode, calls, (x,), at.work(False, is_causal=False), train=train)
 
-
+# %% ../nbs/91_suites.ipynb #layers-forwards
 def _forwards(layer: MultiHeadAttention, x: Tensor, at: Setting) -> dict[str, Callable]:
     "The layer, and what torch has, with its weights; torch's layer is told what helps it."
     plain, torchs = FusedFlag(layer), TorchLayer(layer).theirs
@@ -191,7 +191,7 @@ def no_compiler(device: torch.device) -> str:
         return f"torch.compile fails here: {' '.join(str(error).split())[:200]}"
     return ""
 
-
+# %% ../nbs/91_suites.ipynb #compiling-compiled
 def _compiled(mode: str, at: Setting, calls: dict[str, Callable],
               modules: dict[str, nn.Module], x: Tensor,
               frozen: tuple[str, ...] = ()) -> Contest:
@@ -206,7 +206,7 @@ def _compiled(mode: str, at: Setting, calls: dict[str, Callable],
             contest.calls[name] = partial(fast, x)
     return contest
 
-
+# %% ../nbs/91_suites.ipynb #compiling-compile-now
 def _compile_now(module: nn.Module, x: Tensor, options: dict) -> tuple[Callable, float]:
     "`module`, compiled for `x` without any cache on disk, and how many seconds that took."
     from torch._inductor import config
@@ -217,7 +217,7 @@ def _compile_now(module: nn.Module, x: Tensor, options: dict) -> tuple[Callable,
         synchronize(x.device)
     return fast, time.perf_counter() - start
 
-
+# %% ../nbs/91_suites.ipynb #compiling-causal
 class _Causal(nn.Module):
     "A layer that is always causal, as one argument."
 
@@ -228,7 +228,7 @@ class _Causal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x, is_causal=True)
 
-
+# %% ../nbs/91_suites.ipynb #compiling-compile-suite
 def compile_suite(at: Setting) -> Iterator[Contest]:
     "The layer as it is, compiled, and compiled with frozen weights; the nine, compiled."
     layer, x = at.layer_and_tokens(False)
@@ -248,7 +248,7 @@ def backends(at: Setting) -> Iterator[Contest]:
         for train in MODES:
             yield _backends(at, train, case, extra, share)
 
-
+# %% ../nbs/91_suites.ipynb #backends-cases
 def _cases(at: Setting) -> dict[str, tuple[dict, float]]:
     "Options of `attention`, and the share of all causal pairs that they leave."
     n, window, options = at.tokens, max(1, at.tokens // 4), dict(device=at.device)
@@ -261,7 +261,7 @@ def _cases(at: Setting) -> dict[str, tuple[dict, float]]:
         "causal, sinks": (dict(sinks=torch.zeros(at.heads, **options, dtype=at.dtype)), 1),
     }
 
-
+# %% ../nbs/91_suites.ipynb #backends-backends
 def _backends(at: Setting, train: bool, case: str, extra: dict, share: float) -> Contest:
     "Those implementations that take `extra`, beside the definition."
     names = ["math", *(name for name in (*BACKENDS, "auto") if name != "math")]
@@ -275,7 +275,7 @@ def _backends(at: Setting, train: bool, case: str, extra: dict, share: float) ->
     return Contest(f"{MODES[train]}, {case}", _calls(able, train), (q, k, v), flops, absent,
                    train=train)
 
-
+# %% ../nbs/91_suites.ipynb #backends-lacks
 def _lacks(call: Callable[[], Tensor]) -> str:
     "Why an implementation refuses this call, in a few words; empty where it does not."
     try:

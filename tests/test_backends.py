@@ -14,7 +14,15 @@ from test_same_work import operations
 from torch.overrides import TorchFunctionMode
 
 from mha_book import MultiHeadAttention, backends, fused_attend
-from mha_book.backends import BACKENDS, AttentionCall, Backend, attention, attention_weights, window_mask
+from mha_book.backends import (
+    BACKENDS,
+    AttentionCall,
+    Backend,
+    attention,
+    attention_logits,
+    attention_weights,
+    window_mask,
+)
 from mha_book.device import peak_bytes
 from mha_book.dispatch import explain_dispatch, torch_kernel
 from mha_book.flex import _score_mod
@@ -628,3 +636,20 @@ def test_decoding_with_sinks_runs_the_kernel():
     with torch.no_grad():
         held = {impl: peak_bytes(lambda: attention(q, k, v, sinks=sinks, impl=impl)) for impl in ("auto", "math")}
     assert held["auto"] < held["math"]
+
+
+# What the softmax takes
+
+@OURS
+def test_logits_are_dot_products_and_what_is_done_to_them():
+    q, k, _ = heads(2, 6, 3, 5, 7, 8, dtype=torch.float64)
+    mask, bias = torch.rand(2, 1, 5, 7) < 0.7, torch.randn(6, 5, 7)
+    logits = attention_logits(q, k, mask=mask, bias=bias, window=(2, 1), scale=0.3, softcap=2.0)
+    for b, h, i, j in itertools.product(range(2), range(6), range(5), range(7)):
+        position = 7 - 5 + i
+        if not mask[b, 0, i, j] or not position - 2 <= j <= position + 1:
+            assert logits[b, h, i, j] == -torch.inf
+            continue
+        dot = sum(float(x) * float(y) for x, y in zip(q[b, h, i], k[b, h // 2, j]))
+        exact = 2.0 * math.tanh(0.3 * dot / 2.0) + float(bias[h, i, j])
+        assert abs(logits[b, h, i, j].item() - exact) < 1e-12
