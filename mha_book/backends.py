@@ -161,10 +161,8 @@ def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
     is_causal = call.sides == (None, 0) and not call.needs_mask
     q = F.pad(q, (0, width - d, int(is_causal), 0))
     k, v = F.pad(k, (0, width - d, 1, 0)), F.pad(v, (0, width - dv, 1, 0))
-    half = 2.0 ** -round(math.log2(abs(scale)) / 2)    # exact in every dtype
-    sinks = call.sinks.to(q.dtype) / (scale * half)
-    q[..., d] = sinks.clamp(-2.0**14, 2.0**14)[:, None]    # larger ones overflow in float16
-    k[:, :, 0, d] = half
+    column, factor = _sink_column(call.sinks.to(q.dtype), scale)
+    q[..., d], k[:, :, 0, d] = column[:, None], factor
     if not is_causal:
         mask = call.all_masks
         mask = None if mask is None else _with_front(mask, call.k.shape[2], True)
@@ -179,6 +177,18 @@ def _width(d: int, dv: int) -> int:
     return -(-max(d + 1, dv) // 8) * 8
 
 
+def _sink_column(sinks: Tensor, scale: float) -> tuple[Tensor, float]:
+    """What queries carry, and what the new key multiplies it by, so that times `scale`
+    it is the sink; or, where that is infinite, what no other logit comes near.
+    """
+    device, dtype = sinks.device.type, sinks.dtype
+    if torch.is_autocast_enabled(device):    # where float32 may become a half
+        dtype = torch.get_autocast_dtype(device)
+    largest, most = (65504.0, 15) if dtype == torch.float16 else (2.0 ** 64, 17)
+    factor = 2.0 ** min(most, -math.floor(math.log2(abs(scale))))    # exact in every dtype
+    return (sinks / (scale * factor)).clamp(-largest, largest), factor
+
+
 def _with_front(extra: Tensor, m: int, value: bool | float) -> Tensor:
     "A mask or bias for m keys, with one more key in front."
     return F.pad(extra.expand(*extra.shape[:-1], m), (1, 0), value=value)
@@ -188,18 +198,19 @@ def _sdpa_lacks(call: AttentionCall) -> str | None:
     "Torch's kernel takes sums of logits, not functions of them."
     if call.softcap is not None:
         return "softcap"
-    tiny = call.scale is not None and abs(call.scale) < 1e-5
-    return f"sinks with scale={call.scale}" if call.sinks is not None and tiny else None
+    odd = call.scale is not None and not 1e-5 <= abs(call.scale) <= 1e5
+    return f"sinks with scale={call.scale}" if call.sinks is not None and odd else None
 
 
 def _sdpa_declines(call: AttentionCall) -> str | None:
     "What would hold more than the definition: torch's math kernel, or very few tokens."
     if not _has_fused_kernel(call):
         return "torch would run its math kernel, which can hold more than impl math"
-    (*_, n, d), m, dv = call.q.shape, call.k.shape[2], call.v.shape[3]
+    d, m, dv = call.q.shape[3], call.k.shape[2], call.v.shape[3]
     # the definition: logits, filled, their softmax; or weights, and a k or v of each head
     heads, scores = call.q[:, :, :1, 0].numel(), call.q[..., 0].numel() * m
     weights = max(3 * scores, scores + heads * m * max(d, dv))
+    # below 16 keys, or fewer than a key is wide, there is no matrix worth saving
     few = 1.2 * _held_by_sdpa(call) > weights or m < max(16, d)    # a margin, for rounding
     return "for so few tokens it would hold more than the weights" if few else None
 

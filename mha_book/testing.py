@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from .tolerance import tolerance
+
 # %% ../nbs/91_testing.ipynb #sizes-code
 # batch, heads, groups, queries, keys, widths; all distinct
 SIZES = SimpleNamespace(b=2, h=6, g=3, n=5, m=7, d=8, dv=9, e=20)
@@ -53,8 +55,8 @@ def _mix(
         logits = [softcap * torch.tanh(s / softcap) for s in logits]
     if bias is not None:
         logits = [s + extra for s, extra in zip(logits, bias)]
-    top = torch.stack(logits).max().detach()
-    if top == -math.inf:                    # a bias of -inf hides as a mask does
+    top = torch.stack(logits if sink is None else [*logits, sink]).max().detach()
+    if top.isinf():     # a bias of -inf hides as a mask does; a sink of inf takes it all
         return v.new_zeros(v.shape[-1])
     powers = [torch.exp(s - top) for s in logits]
     total = sum(powers) + (0.0 if sink is None else torch.exp(sink - top))
@@ -121,8 +123,7 @@ def assert_as_exact(
         t.detach().to("cpu", torch.float64) for t in (got, plain, exact))
     error = (got_64 - exact).abs()
     plain_error = (plain_64 - exact).abs().max().item()
-    bound = 2 * plain_error + 4 * torch.finfo(got.dtype).eps * magnitude
-    bound = 1e-12 * max(1.0, magnitude) if got.dtype == torch.float64 else bound
+    bound = tolerance(plain_error, got.dtype, magnitude)
     assert plain.shape == exact.shape and math.isfinite(bound), (
         f"nothing to compare with: the bound is {bound}")
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))

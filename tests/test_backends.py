@@ -25,8 +25,8 @@ from mha_book.backends import (
 )
 from mha_book.device import peak_bytes
 from mha_book.dispatch import explain_dispatch, torch_kernel
-from mha_book.flex import _score_mod
-from mha_book.testing import SIZES, reference_attention
+from mha_book.flex import _compiled_flex, _score_mod
+from mha_book.testing import SIZES, assert_as_exact, reference_attention
 
 s = SIZES
 OURS = pytest.mark.usefixtures("own_messages")        # shape checking would add operations, and its own refusals
@@ -488,6 +488,26 @@ def test_other_numbers_make_no_other_kernel():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_more_than_eight_kinds_are_compiled(own, monkeypatch):
+    "As many graphs as widths; with torch's own limit, eight, the ninth would run uncompiled."
+    compiler, graphs = torch.compile, []
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    def counting(function, **options):
+        if "backend" in options:    # what FlexAttention itself does where it is not compiled
+            return compiler(function, **options)
+        return compiler(function, backend=note, **options if own else {})
+    monkeypatch.setattr(torch, "compile", counting)
+    torch._dynamo.reset()
+    compiled, widths = _compiled_flex.__wrapped__(), range(16, 26)
+    for d in widths:
+        q, k, v = heads(b=1, h=1, g=1, n=3, m=4, d=d)
+        torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
+    assert (len(graphs) == len(widths)) == own
+
+
 def counted(function):
     graphs = []
     def note(graph, inputs):
@@ -653,3 +673,32 @@ def test_logits_are_dot_products_and_what_is_done_to_them():
         dot = sum(float(x) * float(y) for x, y in zip(q[b, h, i], k[b, h // 2, j]))
         exact = 2.0 * math.tanh(0.3 * dot / 2.0) + float(bias[h, i, j])
         assert abs(logits[b, h, i, j].item() - exact) < 1e-12
+
+
+# What random search found (tests/test_options.py)
+
+
+@OURS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [None, 1e-3, -1e4])
+@pytest.mark.parametrize("impl", ["sdpa", "auto"])
+def test_a_sink_is_never_held_back(dtype, scale, impl):
+    "One of minus infinity takes nothing from logits of -3e4, and one of 3e4 is 3e4 beside logits that are."
+    q, k, v = heads(m=40, dtype=dtype)
+    q = q / (1.0 if scale is None else abs(scale) * 3)
+    for sink, level in (-math.inf, -3e4), (3e4, 3e4), (-3e4, -3e4):
+        sinks, bias = torch.full((s.h,), sink, dtype=dtype), torch.full((s.n, 40), level, dtype=dtype)
+        options = dict(sinks=sinks, bias=bias, scale=scale)
+        exact = reference_attention(q, k, v, **options)
+        plain = attention(q, k, v, impl="math", **options)
+        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain, v.abs().max().item())
+        assert exact.abs().max() > 0.1
+
+
+@OURS
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e6, -1e30])
+def test_scales_that_a_sink_cannot_be_divided_by(scale):
+    options = dict(scale=scale, sinks=torch.zeros(s.h))
+    with refused(NotImplementedError, f'impl="sdpa" lacks sinks with scale={scale}', "math"):
+        attention(*heads(), impl="sdpa", **options)
+    assert attention(*heads(), **options).isfinite().all()
