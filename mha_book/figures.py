@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD_COLORS', 'LINE_COLORS', 'MARKERS', 'WEIGHTS', 'head_color', 'line_color', 'attention_map', 'curves',
-           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline', 'ratio_bars', 'cover']
+           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline', 'ratio_bars', 'reaches',
+           'head_grid', 'head_errors', 'cover']
 
 # %% ../nbs/90_figures.ipynb #imports
 import matplotlib as mpl
@@ -268,6 +269,67 @@ def ratio_bars(
     ax.minorticks_off()
     if len(series) > 1:
         ax.legend()
+    return ax
+
+# %% ../nbs/90_figures.ipynb #reaches-code
+def reaches(
+    lines: dict[str, tuple[list[float], list[float]]],   # name -> where, how much
+    *,
+    xlabel: str,
+    ylabel: str,
+    ax: Axes | None = None,
+) -> Axes:
+    "Stairs with ends of their own, on logarithmic axes; a marker stands at each end."
+    ax = plt.subplots(figsize=(6, 3.8))[1] if ax is None else ax
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        ax.plot(x, y, label=name, color=line_color(i), marker=MARKERS[i % len(MARKERS)],
+                markevery=[0, len(x) - 1], drawstyle="steps-post")
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.minorticks_off()
+    ax.legend()
+    return ax
+
+# %% ../nbs/90_figures.ipynb #head-grid-code
+def head_grid(
+    values: Tensor,             # layers heads; none below 0
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    "One number for each head of each layer: white for 0, black for the largest."
+    ax = plt.subplots(figsize=(6, 3))[1] if ax is None else ax
+    values = values.detach().cpu().float()
+    image = ax.imshow(values, cmap=WEIGHTS, vmin=0, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, pad=0.02).outline.set_visible(False)
+    ax.set_xticks(range(0, values.shape[1], 2))
+    ax.set_yticks(range(values.shape[0]))
+    ax.tick_params(length=0)
+    ax.set(xlabel="head", ylabel="layer", title=title)
+    ax.spines[:].set(visible=True, color="#999999", linewidth=1)
+    return ax
+
+# %% ../nbs/90_figures.ipynb #head-errors-code
+def head_errors(
+    rows,      # of an `ErrorReport`: each has dtype, head, error, bound and passes
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    "The error of every head in every dtype, under the bound that it is held to."
+    ax = plt.subplots(figsize=(6, 3.6))[1] if ax is None else ax
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    step = 0.8 / (1 + max(row.head or 0 for row in rows))
+    for row in rows:
+        x = dtypes.index(row.dtype) - 0.4 + step * ((row.head or 0) + 0.5)
+        look = dict(marker="o" if row.passes else "X", markersize=5 if row.passes else 9,
+                    color=line_color(0) if row.head is None else head_color(row.head))
+        ax.hlines(row.bound, x - step / 2, x + step / 2, color="#999999")
+        if np.isfinite(row.error):
+            ax.plot(x, max(row.error, row.bound / 1000), **look)
+        else:
+            ax.plot(x, 0.98, transform=ax.get_xaxis_transform(), **look)
+    ax.set(yscale="log", ylabel="largest error", xlim=(-0.5, len(dtypes) - 0.5))
+    ax.set_xticks(range(len(dtypes)), [str(d).removeprefix("torch.") for d in dtypes])
+    ax.minorticks_off()
     return ax
 
 # %% ../nbs/90_figures.ipynb #cover-code
