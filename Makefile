@@ -105,6 +105,11 @@ bench: $(READY) ## measure on this machine (a quarter of an hour on a CPU), for 
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book bench --json nbs/measured/yours.json
 
+.PHONY: stress
+stress: $(READY) ## train a small model until it breaks (a quarter of an hour), for your table beside the book's
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book stress --json nbs/measured/stress-yours.json
+
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)
 	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py
