@@ -114,7 +114,7 @@ def _size(text: str) -> list[int]:
     return size
 
 # %% ../nbs/92_cli.ipynb #stress-parser
-RATES = [0.04, 0.057, 0.08, 0.11, 0.16, 0.23, 0.32, 0.45, 0.64]    # each √2 times the last
+RATES = [0.04, 0.057, 0.08, 0.11, 0.16, 0.23, 0.32, 0.45, 0.64, 0.9]    # each √2 times the last
 
 
 def _add_stress(commands: argparse._SubParsersAction) -> None:

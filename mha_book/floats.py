@@ -127,8 +127,8 @@ class _TF32(torch.autograd.Function):
 def to_tf32(
     x: Float[Tensor, "..."],        # float32
 ) -> Float[Tensor, "..."]:          # float32 whose last 13 bits are 0
-    """float32 rounded to 10 bits of mantissa, to the nearest, ties to the even one:
-    what a tensor core keeps of the inputs of a product in TF32. The gradient passes.
+    """float32 rounded to 10 bits of mantissa, to the nearest, ties to the even one: as
+    many as a product in TF32 reads of its inputs. The gradient passes.
 
     Raises TypeError for another dtype.
     """

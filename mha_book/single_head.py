@@ -171,7 +171,7 @@ def check_additions(mask: Tensor | None, bias: Tensor | None,
             b, h, n, m = shape
             raise ValueError(f"{name} of shape {tuple(extra.shape)} does not broadcast to "
                              f"batch, heads, queries, keys = {shape}; "
-                             f"shapes that fit: ({m},), ({n}, {m}), "
+                             f"shapes that fit, and any axis may be 1: ({m},), ({n}, {m}), "
                              f"({h}, {n}, {m}), ({b}, 1, {n}, {m}); "
                              f"a mask of padding is ({b}, 1, 1, {m})")
 

@@ -101,6 +101,6 @@ def attention_with_lse(
     out = masked_softmax(logits, None) @ v
     if sinks is None:
         return out, lse
-    sinks = sinks.to(lse.dtype).clamp(max=torch.finfo(lse.dtype).max)
+    sinks = sinks.to(lse.dtype).clamp(max=torch.finfo(lse.dtype).max)    # ∞ - ∞ is NaN
     sinks = sinks[:, None].expand_as(lse)
     return merge_attention([out, torch.zeros_like(out)], [lse, sinks])

