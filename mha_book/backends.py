@@ -152,53 +152,68 @@ def _sdpa(call: AttentionCall) -> Tensor:
 # %% ../nbs/07_backends.ipynb #sinks
 def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
     """One more key, in front, whose logit is the sink and whose value is 0.
-    Queries carry the sink in a column of their own, in which no other key has anything.
+    Queries carry the sink in columns of their own, in which no other key has anything.
     """
     q, k, v, mask, bias = call[:5]
     d, dv, scale = q.shape[3], v.shape[3], call.scale
     scale, width = d ** -0.5 if scale is None else scale, _width(d, dv)
     # causal alone stays causal with one more query in front, for torch aligns at the start
     is_causal = call.sides == (None, 0) and not call.needs_mask
-    q = F.pad(q, (0, width - d, int(is_causal), 0))
+    columns, factors = _sink_columns(call.sinks, scale, like=q)
+    q = F.pad(q, (0, width - d, int(is_causal), 0)) + F.pad(columns, (d, width - d - 2))
     k, v = F.pad(k, (0, width - d, 1, 0)), F.pad(v, (0, width - dv, 1, 0))
-    column, factor = _sink_column(call.sinks.to(q.dtype), scale)
-    q[..., d], k[:, :, 0, d] = column[:, None], factor
+    k[:, :, 0, d], k[:, :, 0, d + 1] = factors
     if not is_causal:
         mask = call.all_masks
-        mask = None if mask is None else _with_front(mask, call.k.shape[2], True)
-        bias = None if bias is None else _with_front(bias.to(q.dtype), call.k.shape[2], 0.0)
+        mask = mask if mask is None else F.pad(
+            mask.expand(*mask.shape[:-1], call.k.shape[2]), (1, 0), value=True)
+        bias = bias if bias is None else _bias_with_front(call)
     out = fused_attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale,
                        dropout_p=call.dropout_p)
     return out[:, :, int(is_causal):, :dv]
 
 # %% ../nbs/07_backends.ipynb #sinks-parts
 def _width(d: int, dv: int) -> int:
-    "Room for one more column, in eights, as vector units and tensor cores like it."
-    return -(-max(d + 1, dv) // 8) * 8
+    "Room for two more columns, in eights, as vector units and tensor cores like it."
+    return -(-max(d + 2, dv) // 8) * 8
 
 
-def _sink_column(sinks: Tensor, scale: float) -> tuple[Tensor, float]:
-    """What queries carry, and what the new key multiplies it by, so that times `scale`
-    it is the sink; or, where that is infinite, what no other logit comes near.
+def _sink_columns(sinks: Tensor, scale: float,
+                  like: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Two columns for the queries, h 1 2, and what the new key has in them, so that times
+    `scale` it is the sink. The second is for one that is infinite, or beyond what the first
+    can carry: there it is what no q · k comes near.
     """
-    device, dtype = sinks.device.type, sinks.dtype
+    device, dtypes = like.device.type, {like.dtype}
     if torch.is_autocast_enabled(device):    # where float32 may become a half
-        dtype = torch.get_autocast_dtype(device)
-    largest, most = (65504.0, 15) if dtype == torch.float16 else (2.0 ** 64, 17)
-    factor = 2.0 ** min(most, -math.floor(math.log2(abs(scale))))    # exact in every dtype
-    return (sinks / (scale * factor)).clamp(-largest, largest), factor
+        dtypes.add(torch.get_autocast_dtype(device))
+    near = far = 2.0 ** 15
+    if torch.float16 not in dtypes:
+        near, far = 2.0 ** 90, 2.0 ** 50
+    elif dtypes == {torch.float16}:
+        near = 65504.0
+    sinks = sinks.to(like.dtype).to(torch.promote_types(like.dtype, torch.float32))
+    factor = 2.0 ** -math.floor(math.log2(abs(scale)))    # exact in every dtype
+    small = sinks.abs() <= near
+    first = torch.where(small, sinks, 0.0) / (scale * factor)
+    second = torch.where(small, 0.0, sinks.sign() * math.copysign(far, scale))
+    return torch.stack([first, second], dim=-1).to(like.dtype)[:, None], (factor, far)
 
 
-def _with_front(extra: Tensor, m: int, value: bool | float) -> Tensor:
-    "A mask or bias for m keys, with one more key in front."
-    return F.pad(extra.expand(*extra.shape[:-1], m), (1, 0), value=value)
+def _bias_with_front(call: AttentionCall) -> Tensor:
+    "The bias, with a key in front that is hidden where the sink is -inf: a bias may be as low."
+    m, bias = call.k.shape[2], call.bias.to(call.q.dtype)
+    hidden = call.sinks.detach() == -math.inf
+    front = torch.zeros_like(hidden, dtype=bias.dtype).masked_fill(hidden, -math.inf)
+    bias = F.pad(bias.expand(*bias.shape[:-1], m), (1, 0))
+    return bias + F.pad(front[:, None, None], (0, m))    # h 1 m+1
 
 # %% ../nbs/07_backends.ipynb #sdpa-enter
 def _sdpa_lacks(call: AttentionCall) -> str | None:
     "Torch's kernel takes sums of logits, not functions of them."
     if call.softcap is not None:
         return "softcap"
-    odd = call.scale is not None and not 1e-5 <= abs(call.scale) <= 1e5
+    odd = call.scale is not None and not 2.0 ** -15 <= abs(call.scale) < 2.0 ** 15
     return f"sinks with scale={call.scale}" if call.sinks is not None and odd else None
 
 
@@ -228,6 +243,8 @@ def _held_by_sdpa(call: AttentionCall) -> int:
     held = threads * max(2, 8 // call.q.element_size()) * min(n, 64) * (min(m, 512) + d)
     if call.needs_mask:    # as torch takes it: one number a pair
         extras = [t.shape for t in (call.mask, call.bias) if t is not None]
+        if call.bias is not None and call.sinks is not None:
+            extras.append((call.q.shape[1], 1, 1))
         held += 2 * math.prod(torch.broadcast_shapes((n, m), *extras))
     if call.sinks is not None:    # wider copies of q, k and v, and a wider output
         return held + 2 * (1 + call.needs_grad) * tokens * _width(d, dv)

@@ -85,12 +85,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _check_common(args: argparse.Namespace) -> torch.device:
     "Seed, file and device of either command; its files are told from the other's by name."
     if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be 0 or more")
+        raise ValueError(f"--seed {args.seed} must be 0 or more, and below 2**63")
     if args.json is not None:
         folder = args.json.parent
         if args.json.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise ValueError(f"--json {args.json} cannot be written: it must be a file "
                              f"in a folder that exists")
+        if not args.json.name.isprintable() or len(args.json.name) > 200:
+            raise ValueError(f"--json {str(args.json)!r}: the name must be printable, and "
+                             f"no longer than 200 characters")
         if args.json.name.startswith("stress") != (args.command == "stress"):
             raise ValueError(f"--json {args.json}: names of the stress test's files, and "
                              f"no others, begin with stress, as in stress-yours.json")
@@ -144,10 +147,11 @@ def _plan_stress(
         raise ValueError(f"unknown treatment {unknown[0]!r}; "
                          f"there are {', '.join(TREATMENTS)}")
     rates = sorted(set(args.rates or RATES))
-    if not 0 < rates[0] <= rates[-1] < math.inf:    # false for NaN, too
+    if not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"--rates {rates}: learning rates are above 0 and finite")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds {args.seeds}: at least one is needed")
+    if args.seeds < 1 or args.seed + args.seeds > 2**31:
+        raise ValueError(f"--seeds {args.seeds} from --seed {args.seed} on: at least one is "
+                         f"needed, and all are below 2**31")
     return names, rates, Training(steps=args.steps), _check_common(args)
 
 # %% ../nbs/92_cli.ipynb #refuse-machine
@@ -334,11 +338,11 @@ def _stress(args: argparse.Namespace, names: list[str], rates: list[float],
     if stop is not None:
         _warn(f"\nstopped by {type(stop).__name__} {stop}".rstrip() + "; what was trained is "
               "kept, and marked as incomplete")
+    if found["runs"] and args.json is not None:    # first of all, whatever happens to the screen
+        write_file(Trials, args.json, found | dict(command=_command(args)))
     if found["runs"]:
         print(show_trials([Run(**run) for run in found["runs"]], training))
-        if args.json is not None:
-            write_file(Trials, args.json, found | dict(command=_command(args)))
-            print(f"written: {args.json}")
+        print(f"written: {args.json}" if args.json is not None else "not written: no --json")
     return 0 if stop is None else 130 if isinstance(stop, KeyboardInterrupt) else 1
 
 

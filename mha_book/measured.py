@@ -113,8 +113,9 @@ class Origin:
         self._check_least(threads=1, cores=1, seed=0, load=0)
         for field, value, form in (("device.kind", self.device["kind"], "cpu|cuda"),
                                    ("command", self.command, ".+"),
-                                   ("dtype", self.dtype, "b?float(16|32|64)"),
-                                   ("commit", self.commit or "0" * 40, r"[0-9a-f]{40}\+?")):
+                                   ("dtype", self.dtype, "bfloat16|float(16|32|64)"),
+                                   ("commit", "0" * 40 if self.commit is None else self.commit,
+                                    r"[0-9a-f]{40}\+?")):
             if not re.fullmatch(form, value):
                 raise ValueError(f"{field} {value!r} does not look like {form}")
 
@@ -225,7 +226,7 @@ def read_file(
         if isinstance(data, dict) and data.get("schema") not in (None, SCHEMA):
             raise ValueError(f"schema {data['schema']}; this version reads schema {SCHEMA}")
         return _build(kind, data, "file")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
 
 

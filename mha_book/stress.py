@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TREATMENTS', 'Training', 'sequences', 'repeat_loss', 'Watched', 'Block', 'CopyModel', 'Treatment', 'Run', 'train',
-           'learned', 'highest_rate', 'verdict']
+           'learned', 'rungs', 'verdict']
 
 # %% ../nbs/13_stress.ipynb #imports
 import math
@@ -27,7 +27,7 @@ from .weight_split import MultiHeadAttention
 class Training:
     """What all runs have in common: the task, the model, the optimiser.
 
-    Raises ValueError for numbers of which no model or no run can be made.
+    Raises TypeError or ValueError for what no model or no run can be made of.
     """
     vocab: int = 32               # different tokens
     tokens: int = 32              # of a sequence, whose second half repeats the first
@@ -62,9 +62,11 @@ def _check_training(training: Training) -> None:
     least = dict(vocab=2, tokens=4, width=2, heads=1, blocks=1, batch=1, steps=1,
                  warm_up=0, record=1, weight_decay=0.0, max_norm=0.0)
     for name, low in least.items():
-        if not low <= getattr(training, name) < math.inf:
-            raise ValueError(f"training.{name} {getattr(training, name)} is not between "
-                             f"{low} and infinity")
+        value, kinds = getattr(training, name), (int,) if type(low) is int else (int, float)
+        if type(value) not in kinds:
+            raise TypeError(f"training.{name} {value!r} must be {kinds[-1].__name__}")
+        if not low <= value < math.inf:
+            raise ValueError(f"training.{name} {value} is not between {low} and infinity")
     for large, small in (("width", "heads"), ("tokens", "two"), ("steps", "record")):
         divisor = getattr(training, small, 2)
         if getattr(training, large) % divisor:
@@ -77,11 +79,11 @@ def _check_training(training: Training) -> None:
 # %% ../nbs/13_stress.ipynb #task
 def sequences(
     training: Training,        # how many, how long, of how many tokens
-    seed: int,
+    seed: int,                 # below 2**31
     device: torch.device | str | None = None,    # where they are to be
 ) -> Iterator[Int[Tensor, "b n"]]:               # batch after batch, without end
     "Random tokens whose second half repeats the first; the same on every device."
-    generator = torch.Generator("cpu").manual_seed(2**32 + seed)    # not that of the weights
+    generator = torch.Generator("cpu").manual_seed(2**31 + seed)    # not that of the weights
     while True:
         first = torch.randint(training.vocab, (training.batch, training.tokens // 2),
                               generator=generator, device="cpu")
@@ -265,10 +267,15 @@ class Run:
 
 
 def _model(treatment: Treatment, seed: int, training: Training) -> CopyModel:
-    "The model of a seed: the same on every device, as it is made on the CPU."
+    """The model of a seed, the same on every device, as it is made on the CPU. What the plain
+    model has, too, begins with the weights of the plain one.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return CopyModel(training, treatment.layer)
+        plain = CopyModel(training, _plain)
+        model = CopyModel(training, treatment.layer)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    return model
 
 
 def train(
@@ -331,33 +338,21 @@ def learned(
     return outcomes.count("learned"), len(outcomes)
 
 
-def highest_rate(
+def rungs(
     runs: list[Run],
     training: Training,
     name: str,
-) -> float | None:       # None where not even the lowest one will do
-    "The rate up to which at least four of five runs learn, at it and at every lower one."
-    best = None
-    for rate in sorted({run.rate for run in runs if run.treatment == name}):
-        good, of = learned(runs, training, name, rate)
-        if good < 0.8 * of:
-            break
-        best = rate
-    return best
+) -> dict[int, int]:     # by seed
+    "At how many rates a treatment learned, for each of its seeds."
+    found = {run.seed: 0 for run in runs if run.treatment == name}
+    for run in runs:
+        found[run.seed] += run.treatment == name and run.outcome(training) == "learned"
+    return found
 
 
 def verdict(
-    runs: list[Run],
-    training: Training,
-) -> dict[str, str]:     # by treatment: "helped", "helped a little", "no difference", ...
-    """What each treatment did to the highest rate: two rungs or more above the plain layer's
-    on the ladder of rates is help, one is a little; below it, harm.
-    """
-    rates, rungs = sorted({run.rate for run in runs}), {}
-    for name in dict.fromkeys(run.treatment for run in runs):
-        best = highest_rate(runs, training, name)
-        rungs[name] = -1 if best is None else rates.index(best)
-    plain = rungs.pop("plain")
-    words = {-2: "hurt", -1: "hurt a little", 0: "no difference", 1: "helped a little",
-             2: "helped"}
-    return {name: words[max(-2, min(2, rung - plain))] for name, rung in rungs.items()}
+    gain: float,         # rungs of the ladder more than the plain layer
+) -> str:
+    "What to call it: what is less than three quarters of a rung, is no difference."
+    word = "helped" if gain > 0 else "hurt"
+    return "no difference" if abs(gain) < 0.75 else word + " a little" * (abs(gain) < 1.75)

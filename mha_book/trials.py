@@ -39,16 +39,16 @@ class Trials(Origin):
         if self.rates != sorted(set(self.rates)) or not self.rates[0] > 0:
             raise ValueError(f"rates {self.rates} do not ascend from above 0")
         places = [(run.treatment, run.rate, run.seed) for run in self.runs]
-        planned = set(itertools.product(
-            self.treatments, self.rates, range(self.seed, self.seed + self.seeds)))
-        for i, place in enumerate(places):
-            if place not in planned:
-                raise ValueError(f"runs[{i}] {place} was not to be run")
+        for i, (name, rate, seed) in enumerate(places):
+            if not (name in self.treatments and rate in self.rates
+                    and self.seed <= seed < self.seed + self.seeds):
+                raise ValueError(f"runs[{i}] {places[i]} was not to be run")
         if len(set(places)) < len(places):
             raise ValueError("runs holds one of them twice")
-        if self.complete != (len(places) == len(planned)):
+        planned = len(self.treatments) * len(self.rates) * self.seeds
+        if self.complete != (len(places) == planned):
             raise ValueError(f"complete is {self.complete}, but there are {len(places)} "
-                             f"runs of {len(planned)}")
+                             f"runs of {planned}")
         for i, run in enumerate(self.runs):
             _check_run(run, self.training, f"runs[{i}]")
 

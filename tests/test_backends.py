@@ -702,3 +702,81 @@ def test_scales_that_a_sink_cannot_be_divided_by(scale):
     with refused(NotImplementedError, f'impl="sdpa" lacks sinks with scale={scale}', "math"):
         attention(*heads(), impl="sdpa", **options)
     assert attention(*heads(), **options).isfinite().all()
+
+
+LOWEST = {dtype: torch.finfo(dtype).min / 2 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+@OURS
+@pytest.mark.parametrize("dtype", LOWEST)
+@pytest.mark.parametrize("impl", ["sdpa", "auto"])
+def test_a_bias_may_be_lower_than_a_sink_of_minus_infinity(dtype, impl):
+    q, k, v = heads(m=40, dtype=dtype)
+    bias = torch.zeros(s.n, 40, dtype=dtype)
+    bias[:3] = LOWEST[dtype]
+    for sinks in (torch.full((s.h,), -math.inf), torch.tensor([-math.inf, 0.0, 1.0, -3e4, math.inf, 9.0])):
+        options = dict(sinks=sinks.to(dtype), bias=bias)
+        exact = reference_attention(q, k, v, **options)
+        plain = attention(q, k, v, impl="math", **options)
+        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain, v.abs().max().item())
+
+
+@OURS
+@pytest.mark.parametrize("dtype, level", [(torch.float16, 5e4), (torch.bfloat16, 1e18), (torch.float32, 1e18),
+                                          (torch.float64, 1e18)])
+def test_an_infinite_sink_is_beyond_any_logit(dtype, level):
+    "Logits of -level, without a bias: minus infinity takes nothing, and plus infinity takes all."
+    q, k, v = heads(b=1, h=2, g=2, m=40, dtype=dtype)
+    q, k = torch.full_like(q, math.sqrt(level / s.d)), torch.full_like(k, -math.sqrt(level / s.d))
+    out = attention(q, k, v, impl="sdpa", scale=1.0, sinks=torch.tensor([-math.inf, math.inf], dtype=dtype))
+    torch.testing.assert_close(out[:, 0], v[:, 0].mean(1, keepdim=True).expand_as(out[:, 0]), atol=2e-2, rtol=2e-2)
+    assert not out[:, 1].any()
+
+
+@OURS
+@pytest.mark.parametrize("scale", [2.0**-15, 2.0**-9, 0.5, 2.0**14])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sink_is_carried_exactly_under_any_power_of_two(scale, sign):
+    "Halves, the narrowest: the largest sink that they have takes half of the weight from its equal."
+    q = torch.zeros(1, 3, 2, s.d, dtype=torch.float16)
+    k, v = torch.zeros(1, 3, 1, s.d, dtype=torch.float16), torch.ones(1, 3, 1, s.d, dtype=torch.float16)
+    sinks = torch.tensor([65504.0, 1.5, -65504.0]).half()
+    bias = sinks[:, None, None].expand(3, 2, 1)
+    out = attention(q, k, v, impl="sdpa", scale=sign * scale, sinks=sinks, bias=bias)
+    torch.testing.assert_close(out, torch.full_like(out, 0.5))
+
+
+@OURS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [4e-5, 3e-4, 0.3, 7.0, 3e4])
+def test_a_sink_under_any_scale(dtype, scale):
+    q, k, v = heads(m=40, dtype=dtype)
+    q = q / max(1.0, scale * 3)
+    for sinks in torch.randn(s.h), 10 * torch.randn(s.h), torch.full((s.h,), -math.inf):
+        options = dict(scale=scale, sinks=sinks.to(dtype))
+        exact = reference_attention(q, k, v, **options)
+        plain = attention(q, k, v, impl="math", **options)
+        assert_as_exact(attention(q, k, v, impl="sdpa", **options), exact, plain, 2 * v.abs().max().item())
+
+
+@OURS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_sinks_survive_any_autocast(dtype, cast):
+    q, k, v = heads(m=40, dtype=dtype)
+    sinks = torch.tensor([-math.inf, math.inf, 0.5, 3e4, -3e4, 1.0]).to(dtype)
+    exact = reference_attention(q, k, v, sinks=sinks)
+    for impl in "sdpa", "auto":
+        with torch.autocast("cpu", cast):
+            out = attention(q, k, v, sinks=sinks, impl=impl)
+        assert (out.double() - exact).abs().max() < 0.05
+
+
+@OURS
+@pytest.mark.parametrize("impl", ["sdpa", "auto"])
+def test_sinks_alone_under_vmap(impl):
+    q, k, v = heads(b=1, h=3, g=3, n=50, m=50)
+    sinks = torch.randn(4, 3)
+    out = torch.func.vmap(lambda row: attention(q, k, v, sinks=row, impl=impl))(sinks)
+    for mine, row in zip(out, sinks):
+        torch.testing.assert_close(mine, attention(q, k, v, sinks=row, impl="math"))

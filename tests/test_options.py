@@ -83,7 +83,7 @@ def problems(draw, dtype=None):
     b, h, g, n, m, d, dv = draw(sizes())
     dtype = draw(st.sampled_from(DTYPES)) if dtype is None else dtype
     torch.manual_seed(draw(st.integers(0, 10**6)))
-    scale = draw(st.sampled_from([None, None, None, 0.2, -0.4, 0.0, 50.0, 1e4, 1e-3, 1e-6]))
+    scale = draw(st.sampled_from([None, None, None, 0.2, -0.4, 0.0, 50.0, 1e4, 1e-3, 4e-5, 1e-6]))
     q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in ((b, h, n, d), (b, g, m, d), (b, g, m, dv)))
     options = {"scale": scale, "is_causal": draw(st.booleans()), "window": draw(windows(m)),
                "softcap": draw(st.sampled_from([None, None, 0.5, 30.0, 1e4]))}
@@ -102,7 +102,8 @@ def problems(draw, dtype=None):
     if draw(st.booleans()):
         shape, expanded = draw(broadcastable((b, h, n, m)))
         bias = torch.randn(shape) * draw(st.sampled_from([1.0, 1.0, 1e-8, 5e3]))
-        bias = bias + draw(st.sampled_from([0.0, 0.0, 3e4, -3e4, -3e4 if dtype == torch.float16 else -1e9]))
+        lowest = torch.finfo(dtype).min if dtype != torch.float64 else -1e300
+        bias = bias + draw(st.sampled_from([0.0, 0.0, 3e4, -3e4, -3e4 if dtype == torch.float16 else -1e9, lowest / 2]))
         bias = bias.masked_fill(torch.rand(shape) < draw(st.sampled_from([0.0, 0.3, 1.0])), -math.inf)
         options["bias"] = spread(bias.to(dtype), (b, h, n, m), expanded)
     if draw(st.booleans()):
@@ -173,8 +174,8 @@ def lacking(impl, problem):
     "What an implementation says that it has not, as the tests of chapter 7 state it."
     scale = problem.options["scale"]
     if impl == "sdpa":
-        tiny = scale is not None and not 1e-5 <= abs(scale) <= 1e5
-        return bool(problem.options["softcap"]) or ("sinks" in problem.options and tiny)
+        odd = scale is not None and not 2**-15 <= abs(scale) < 2**15
+        return bool(problem.options["softcap"]) or ("sinks" in problem.options and odd)
     sizes = *problem.q.shape, *problem.k.shape, problem.v.shape[3]
     return impl == "flex" and (0 in sizes or problem.grad)
 
