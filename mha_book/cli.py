@@ -92,8 +92,7 @@ def _check_common(args: argparse.Namespace) -> torch.device:
             raise ValueError(f"--json {args.json} cannot be written: it must be a file "
                              f"in a folder that exists")
         if not args.json.name.isprintable() or len(args.json.name) > 200:
-            raise ValueError(f"--json {str(args.json)!r}: the name must be printable, and "
-                             f"no longer than 200 characters")
+            raise ValueError(f"--json {str(args.json)!r}: a name in print, up to 200 letters")
         if args.json.name.startswith("stress") != (args.command == "stress"):
             raise ValueError(f"--json {args.json}: names of the stress test's files, and "
                              f"no others, begin with stress, as in stress-yours.json")
@@ -150,8 +149,7 @@ def _plan_stress(
     if not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"--rates {rates}: learning rates are above 0 and finite")
     if args.seeds < 1 or args.seed + args.seeds > 2**31:
-        raise ValueError(f"--seeds {args.seeds} from --seed {args.seed} on: at least one is "
-                         f"needed, and all are below 2**31")
+        raise ValueError(f"--seeds {args.seeds} from {args.seed} on: at least one, below 2**31")
     return names, rates, Training(steps=args.steps), _check_common(args)
 
 # %% ../nbs/92_cli.ipynb #refuse-machine

@@ -355,8 +355,7 @@ def from_torch(
 
 def _refuse(who: str, lacks: dict[str, bool]) -> None:
     "Raise ValueError that names all that is lacking."
-    found = [what for what, lacking in lacks.items() if lacking]
-    if found:
+    if found := [what for what, lacking in lacks.items() if lacking]:
         raise ValueError(f"{who} cannot carry {'; '.join(found)}")
 
 # %% ../nbs/04_layouts.ipynb #to-torch
@@ -376,6 +375,7 @@ def to_torch(
         f"{h} heads of width {d} in a width of {e}": h * d != e,
         f"an output of width {out.out_features}": out.out_features != e,
         "a forward of its own": type(layer).forward is not MultiHeadAttention.forward,
+        "a gate": type(layer)._hand_on is not MultiHeadAttention._hand_on,
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": layer.attend not in (attention, fused_attend)})
     c = layer.context_proj.in_features if layer.context_proj else e

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .backends import attention, attention_logits
-from .gradients import _holds_its_weights
 from .single_head import check_count
-from .weight_split import MultiHeadAttention, merge_heads
+from .tolerance import largest_sizes
+from .weight_split import MultiHeadAttention
 
 # %% ../nbs/13_logits.ipynb #largest
 @torch.no_grad()
@@ -34,15 +34,15 @@ def largest_logits(
     """The largest size of a logit of each head, over the batch and all visible keys.
 
     After norm and position, before all that `attend` does: a scale or window that is bound
-    there is to be given here. At least float32; a head that sees no key has 0.
-    Holds the whole b h n m matrix. Raises as the layer and `attention` do.
+    there is to be given here. At least float32, under autocast too; a head that sees no
+    key has 0. Holds the whole b h n m matrix. Raises as the layer and `attention` do.
     """
     q, k, _, mask = layer._heads(x, context, mask, key_padding_mask, None)
     q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
-    logits = attention_logits(q, k, mask=mask, is_causal=is_causal, window=window,
-                              scale=scale)
-    sizes = logits.masked_fill(logits == -math.inf, 0.0).abs().transpose(0, 1).flatten(1)
-    return sizes.amax(1) if sizes.numel() else sizes.new_zeros(len(sizes))
+    with torch.autocast(q.device.type, enabled=False):
+        logits = attention_logits(q, k, mask=mask, is_causal=is_causal, window=window,
+                                  scale=scale)
+    return largest_sizes(logits)
 
 # %% ../nbs/13_logits.ipynb #temperature
 class HeadTemperature(nn.Module):
@@ -76,7 +76,12 @@ class HeadTemperature(nn.Module):
         mask: Bool[Tensor, "..."] | None = None, bias: Float[Tensor, "..."] | None = None,
         is_causal: bool = False, dropout_p: float = 0.0,
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
-        "Divide the queries, which divides the logits, and attend."
+        """Divide the queries, which divides the logits, and attend. Raises ValueError for
+        another number of heads.
+        """
+        if q.shape[1] != len(self.log_temperature):
+            raise ValueError(f"{q.shape[1]} query heads and {len(self.log_temperature)} "
+                             f"temperatures: num_heads= counts query heads")
         q = q * torch.exp(-self.log_temperature).to(q.dtype)[:, None, None]
         return self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                            dropout_p=dropout_p)
@@ -154,32 +159,20 @@ class GatedAttention(MultiHeadAttention):
         if hasattr(self, "gate_proj"):    # the layer calls this before there is a gate
             self.gate_proj.reset_parameters()
 
-    def forward(
-        # all inputs as in `MultiHeadAttention`
-        self, x: Float[Tensor, "b n e"], context: Float[Tensor, "b m c"] | None = None, *,
-        mask: Bool[Tensor, "..."] | None = None,
-        key_padding_mask: Bool[Tensor, "b _"] | None = None,
-        bias: Float[Tensor, "..."] | None = None, is_causal: bool = False, cache=None,
-    ) -> Float[Tensor, "b n out"]:                 # one output a token
-        "Project, split, place, attend, merge, gate, project. Leaves nothing on the layer."
-        q, k, v, mask = self._heads(x, context, mask, key_padding_mask, cache)
-        dropout_p = self.dropout if self.training else 0.0
-        options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
-        heads = merge_heads(self.attend(q, k, v, **options))
-        y = self.out_proj(heads * torch.sigmoid(self.gate_proj(x)))
-        if cache is not None:
-            cache.commit()
-        return y
+    def _hand_on(self, heads: Float[Tensor, "b n hd"], x: Float[Tensor, "b n e"]) -> Tensor:
+        "The heads, side by side, pass the gate, and then the output projection."
+        return super()._hand_on(heads * torch.sigmoid(self.gate_proj(x)), x)
 
 # %% ../nbs/13_logits.ipynb #z-loss
 def z_loss(
     lse: Float[Tensor, "..."],    # log-sum-exp of each row of logits; -inf = sees nothing
-) -> Float[Tensor, ""]:           # to be added to the loss, times a small number
+) -> Float[Tensor, ""]:           # for the loss, times a small number; float32 at least
     """The mean of lse², over the rows that see a key; 0 where none does.
 
     Source: for the logits of words Chowdhery et al. 2022, arXiv 2204.02311, section 5;
     for a router Zoph et al. 2022, arXiv 2202.08906.
     """
+    lse = lse.to(torch.promote_types(lse.dtype, torch.float32))
     sees = lse != -math.inf
     return lse.masked_fill(~sees, 0.0).square().sum() / sees.sum().clamp(min=1)
 
@@ -204,6 +197,8 @@ def qk_clip_(
     h, g, d = layer.layout
     largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
     factors = torch.where(largest > threshold, threshold / largest, 1.0)
+    if (factors == 1).all():    # nothing is touched, so that a pending backward may go on
+        return factors
     of_keys = factors.view(g, h // g).amax(1).sqrt()
     of_queries = factors / of_keys.repeat_interleave(h // g)
     q_rows, k_rows, _ = layer.layout.sizes
@@ -224,23 +219,39 @@ def _scale_rows_(proj: nn.Linear, start: int, factors: Tensor) -> None:
 # %% ../nbs/13_logits.ipynb #clip-checks
 def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) -> None:
     "All arguments, before anything is changed."
-    h, weight = layer.layout.num_heads, layer.in_proj.weight
     if layer.q_norm is not None or layer.k_norm is not None:
         raise ValueError("the layer has qk_norm, which undoes what is done to the rows "
                          "before it: hold the logits by the norm or by the clip")
-    if not _holds_its_weights(layer):
-        raise ValueError("the layer's weights are computed from others, as by an adapter: "
-                         "there are no rows to shrink; merge them first")
-    if not isinstance(largest, Tensor) or not largest.is_floating_point():
-        raise TypeError(f"largest must be a floating-point tensor, one size a query head; "
-                        f"got {getattr(largest, 'dtype', largest)!r}")
-    if largest.shape != (h,) or largest.device != weight.device:
-        raise ValueError(f"largest of shape {tuple(largest.shape)} on {largest.device}; "
-                         f"needed: ({h},), one a query head, on {weight.device}")
-    if not ((largest >= 0) & largest.isfinite()).all():
-        raise ValueError(f"largest {largest.tolist()} must be finite and not negative: "
-                         f"sizes of logits, as largest_logits gives them")
+    if not _has_rows_of_its_own(layer):
+        raise ValueError("the layer's rows are computed from others, as by an adapter, or "
+                         "used twice: they cannot be shrunk in place; merge them first")
+    _check_sizes(largest, (layer.layout.num_heads,), layer.in_proj.weight.device)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not 0.0 < threshold < math.inf:
         raise ValueError(f"threshold {threshold} is not positive and finite")
+    if largest.amax() * 1e-30 > threshold:
+        raise ValueError(f"threshold {threshold} is nothing beside the largest logit, "
+                         f"{largest.max():.0e}: so small a factor would end in zeros")
+
+
+def _check_sizes(largest: Tensor, shape: tuple[int], device: torch.device) -> None:
+    "Raise unless they are the sizes of logits, one a query head."
+    if not isinstance(largest, Tensor) or not largest.is_floating_point():
+        raise TypeError(f"largest must be a floating-point tensor, one size a query head; "
+                        f"got {getattr(largest, 'dtype', largest)!r}")
+    if largest.shape != shape or largest.device != device:
+        raise ValueError(f"largest of shape {tuple(largest.shape)} on {largest.device}; "
+                         f"needed: {shape}, one a query head, on {device}")
+    if not ((largest >= 0) & largest.isfinite()).all():
+        raise ValueError(f"largest {largest.tolist()} must be finite and not negative: "
+                         f"sizes of logits, as largest_logits gives them")
+
+
+def _has_rows_of_its_own(layer: MultiHeadAttention) -> bool:
+    "Whether weights and biases of queries and keys are parameters, each used once."
+    projections = [p for p in (layer.in_proj, layer.context_proj) if p is not None]
+    there = [(p, name) for p in projections for name in ("weight", "bias")
+             if getattr(p, name, None) is not None]
+    rows = [p._parameters.get(name) for p, name in there]
+    return all(t is not None for t in rows) and len(set(map(id, rows))) == len(rows)

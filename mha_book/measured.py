@@ -114,8 +114,7 @@ class Origin:
         for field, value, form in (("device.kind", self.device["kind"], "cpu|cuda"),
                                    ("command", self.command, ".+"),
                                    ("dtype", self.dtype, "bfloat16|float(16|32|64)"),
-                                   ("commit", "0" * 40 if self.commit is None else self.commit,
-                                    r"[0-9a-f]{40}\+?")):
+                                   ("commit", str(self.commit), r"None|[0-9a-f]{40}\+?")):
             if not re.fullmatch(form, value):
                 raise ValueError(f"{field} {value!r} does not look like {form}")
 

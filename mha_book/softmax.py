@@ -35,10 +35,10 @@ def merge_attention(
     """Attention over all keys, and its log-sum-exp, from attention over disjoint parts.
 
     out = Σ_p softmax(lse)_p out_p and lse = log Σ_p exp(lse_p), in any order and nesting.
-    A part that saw nothing is out 0 and lse -inf. The output has the widest dtype of `outs`,
-    lse that of all inputs.
+    A part that saw nothing is out 0 and lse -inf (+inf, which some kernels give, is not
+    looked for). The output has the widest dtype of `outs`, lse that of all inputs.
     Raises ValueError for parts that do not fit together, TypeError for an lse
-    in less than float32.
+    in less than float32 and for what is no floating-point tensor.
     Source: Milakov and Gimelshein 2018, arXiv 1805.02867.
     """
     _check_parts(outs, lses)
@@ -60,6 +60,7 @@ def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
         raise ValueError(f"{len(outs)} outs and {len(lses)} lses: every part has one of "
                          f"each, and there is at least one part")
     for i, (out, lse) in enumerate(zip(outs, lses)):
+        _check_numbers(i, out=out, lse=lse)
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(f"part {i} has an out of shape {tuple(out.shape)} and an lse "
                              f"of shape {tuple(lse.shape)}; with part 0 go "
@@ -68,9 +69,17 @@ def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
             raise ValueError(f"device differs: part {i} has its out on {out.device} and its "
                              f"lse on {lse.device}, part 0 is on {outs[0].device}; "
                              f"move with .to(outs[0].device)")
-        if lse.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"the lse of part {i} has dtype {lse.dtype}: rounded like that "
-                            f"it moves weight between the parts; keep it in float32")
+
+
+def _check_numbers(i: int, out: Tensor, lse: Tensor) -> None:
+    "Raise TypeError unless part i consists of floats, its lse in enough bits."
+    for name, t in (("out", out), ("lse", lse)):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            kind = getattr(t, "dtype", type(t).__name__)
+            raise TypeError(f"the {name} of part {i} must be a floating-point tensor, got {kind}")
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the lse of part {i} has dtype {lse.dtype}: rounded like that "
+                        f"it moves weight between the parts; keep it in float32")
 
 # %% ../nbs/12_softmax.ipynb #with-lse
 def attention_with_lse(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .backends import attention, attention_logits
 from .logits import (GatedAttention, HeadTemperature, SinkAttention, qk_clip_,
                              z_loss)
+from .tolerance import largest_sizes
 from .weight_split import MultiHeadAttention
 
 # %% ../nbs/13_stress.ipynb #training
@@ -131,8 +132,7 @@ class Watched(nn.Module):
     @torch.no_grad()
     def largest(self) -> Float[Tensor, "h"]:
         "The largest size of a visible logit, for each head."
-        logits = self.logits()
-        return logits.masked_fill(logits == -math.inf, 0.0).abs().amax((0, 2, 3))
+        return largest_sizes(self.logits())
 
     def penalty(self) -> Float[Tensor, ""]:
         "The z-loss of the last call."
@@ -346,7 +346,8 @@ def rungs(
     "At how many rates a treatment learned, for each of its seeds."
     found = {run.seed: 0 for run in runs if run.treatment == name}
     for run in runs:
-        found[run.seed] += run.treatment == name and run.outcome(training) == "learned"
+        if run.treatment == name and run.outcome(training) == "learned":
+            found[run.seed] += 1
     return found
 
 

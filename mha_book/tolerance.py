@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'rounded_attention', 'tolerance', 'ErrorRow', 'ErrorReport', 'error_report', 'HeadStatistics',
-           'head_statistics']
+           'head_statistics', 'largest_sizes']
 
 # %% ../nbs/12_tolerance.ipynb #imports
 import copy
@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .backends import attention, attention_logits, attention_weights
-from .floats import round_to
-from .single_head import check_inputs
+from .backends import attention, attention_logits
+from .floats import float_format, round_to
+from .single_head import check_inputs, masked_softmax
 
 # %% ../nbs/12_tolerance.ipynb #rounded
 STEPS = "scale", "scores", "powers", "weights", "mixture"
@@ -42,7 +44,7 @@ def rounded_attention(
     q, k and v are taken as they are. A query that may look nowhere gives 0.
     Raises ValueError for an unknown step, and as `check_inputs` and `round_to` do.
     """
-    steps = _check_steps(steps)
+    steps, _ = _check_steps(steps), float_format(dtype)
     check_inputs(q, k, v, mask)
 
     def stored(x: Tensor, step: str) -> Tensor:
@@ -53,21 +55,21 @@ def rounded_attention(
     scores = stored(stored(q * q.shape[3] ** -0.5, "scale") @ k.mT, "scores")
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
+    top = F.pad(scores, (0, 1), value=torch.finfo(torch.float64).min).amax(-1, keepdim=True)
     powers = stored((scores - top).exp(), "powers")
-    total = powers.sum(-1, keepdim=True)
-    weights = stored(powers / total.masked_fill(total == 0, 1), "weights")
+    total = powers.sum(-1, keepdim=True).clamp(min=1)    # the largest power is 1, if any
+    weights = stored(powers / total, "weights")
     return stored(weights @ v, "mixture")
 
 # %% ../nbs/12_tolerance.ipynb #check-steps
 def _check_steps(steps: Iterable[str]) -> set[str]:
     "`steps` as a set, or ValueError that says which there are."
-    steps = {steps} if isinstance(steps, str) else set(steps)
-    unknown = sorted(steps - set(STEPS))
+    steps = [steps] if steps is None or isinstance(steps, str) else list(steps)
+    unknown = [step for step in steps if step not in STEPS]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a step of attention; "
                          f"there are {', '.join(STEPS)}")
-    return steps
+    return set(steps)
 
 # %% ../nbs/12_tolerance.ipynb #tolerance
 def tolerance(
@@ -143,21 +145,23 @@ def error_report(
     magnitude is the largest exact number. Where the plain definition itself is not finite,
     it excuses nothing. Of a tuple the first counts; an output of rank 4 is b h n ….
     Modules (also in a `partial`, or by a method) are copied, converted and put into eval
-    mode; the originals, random state and gradients stay as they are. No autocast.
-    Raises TypeError or ValueError for what cannot be judged, RuntimeError where `fn` or
-    `definition` fails in a dtype.
+    mode, lists and dicts of tensors too; what else a module or closure holds stays as it
+    is. The originals, random state and gradients are left alone. No autocast.
+    Raises TypeError or ValueError for what cannot be judged, such as a definition that is
+    random or not in float64; RuntimeError where `fn` or `definition` fails in a dtype.
     """
     dtypes = _check_report(fn, inputs, definition, dtypes)
     definition = partial(attention, impl="math") if definition is None else definition
     rows = []
     with _undisturbed(inputs):
         for dtype in dtypes:
-            exact = _run("definition", definition, inputs, dtype, torch.float64, "cpu")
+            exact = _exact(definition, inputs, dtype)
             got, plain = (_run(name, f, inputs, dtype, dtype)
                           for name, f in (("fn", fn), ("definition", definition)))
             if not got.shape == exact.shape == plain.shape:
-                raise ValueError(f"fn gives shape {tuple(got.shape)}, the definition "
-                                 f"{tuple(exact.shape)}: they must compute the same")
+                raise ValueError(
+                    f"fn gives shape {tuple(got.shape)}, the definition {tuple(exact.shape)} "
+                    f"and in {dtype} {tuple(plain.shape)}: they must compute the same")
             rows += _rows(dtype, got, exact, plain)
     return ErrorReport(tuple(rows))
 
@@ -190,42 +194,62 @@ def _first_nonfinite(name: str, t: Tensor, head: int | None) -> str | None:
 # %% ../nbs/12_tolerance.ipynb #report-run
 def _as(value: object, dtype: torch.dtype, then: torch.dtype, device: str | None) -> object:
     "A copy of `value`, rounded to `dtype`, in `then`; what holds no numbers stays as it is."
+    again = partial(_as, dtype=dtype, then=then, device=device)
     if isinstance(value, Tensor):
-        value, device = value.detach(), value.device if device is None else device
-        if value.is_floating_point():
-            return value.to(dtype).to(device=device, dtype=then, copy=True)
-        return value.to(device=device, copy=True)
+        return _tensor_as(value.detach(), dtype, then, device or value.device)
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(dtype=dtype).to(device=device, dtype=then).eval()
+        value = copy.deepcopy(value).eval()
+        for t in (*value.parameters(), *value.buffers()):
+            t.data = again(t.data)
+        return value
     if isinstance(value, partial):
-        keywords = {name: _as(x, dtype, then, device) for name, x in value.keywords.items()}
-        func, *args = (_as(x, dtype, then, device) for x in (value.func, *value.args))
-        return partial(func, *args, **keywords)
-    owner = getattr(value, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return getattr(_as(owner, dtype, then, device), value.__name__)
+        return partial(again(value.func), *map(again, value.args), **again(value.keywords))
+    if isinstance(getattr(value, "__self__", None), nn.Module):
+        return MethodType(value.__func__, again(value.__self__))
+    if type(value) in (list, tuple):
+        return type(value)(map(again, value))
+    if type(value) is dict:
+        return {name: again(x) for name, x in value.items()}
     return value
 
 
+def _tensor_as(t: Tensor, dtype: torch.dtype, then: torch.dtype,
+               device: torch.device | str) -> Tensor:
+    "A copy; complex numbers, of which there are no narrow ones, are not rounded."
+    if t.is_floating_point():
+        return t.to(dtype).to(device=device, dtype=then, copy=True)
+    if t.is_complex():
+        kind = torch.complex128 if then == torch.float64 else torch.complex64
+        return t.to(device=device, dtype=kind, copy=True)
+    return t.to(device=device, copy=True)
+
+
 def _run(name: str, fn: Callable, inputs: tuple, dtype: torch.dtype, then: torch.dtype,
-         device: str | None = None) -> Tensor:
+         device: str | None = None, seed: int = 0) -> Tensor:
     "What `fn` gives, in float64 on the CPU."
+    torch.manual_seed(seed)
     try:
-        call, *given = (_as(x, dtype, then, device) for x in (fn, *inputs))
-        out = call(*given)
+        call, *copies = (_as(x, dtype, then, device) for x in (fn, *inputs))
+        same = {id(x): t for x, t in zip(inputs, copies)}    # what was one tensor, stays one
+        out = call(*(same[id(x)] for x in inputs))
     except Exception as error:
-        way = ("it must run in float64 on the CPU" if dtype != then or device
+        way = ("it must run in float64 on the CPU" if device
                else "leave it out of dtypes=, if it need not run there")
         raise RuntimeError(f"{name} failed in {then}, {way}: "
                            f"{type(error).__name__}: {error}") from error
     out = out[0] if isinstance(out, (tuple, list)) and out else out
-    if not isinstance(out, Tensor) or not out.is_floating_point():
-        kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"{name} must return a floating-point tensor, or a tuple that "
-                        f"begins with one; got {kind}")
-    if out.numel() == 0:
-        raise ValueError(f"{name} gives {tuple(out.shape)}: nothing to compare")
+    _check_output(name, out, exact=device is not None)
     return out.to("cpu", torch.float64)
+
+
+def _exact(definition: Callable, inputs: tuple, dtype: torch.dtype) -> Tensor:
+    "What is right; ValueError where that is not one thing."
+    once, again = (_run("definition", definition, inputs, dtype, torch.float64, "cpu", seed)
+                   for seed in (0, 1))
+    if once.shape != again.shape or not torch.equal(once.nan_to_num(), again.nan_to_num()):
+        raise ValueError("definition gives another result with another seed: it draws at "
+                         "random, as dropout does, and then nothing can be held to it")
+    return once
 
 # %% ../nbs/12_tolerance.ipynb #report-checks
 _DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -238,12 +262,13 @@ def _check_report(fn: object, inputs: tuple, definition: object,
         if not (callable(call) or name == "definition" and call is None):
             raise TypeError(f"{name} must be callable, got {type(call).__name__}")
     floats = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
-    if not floats:
+    if not floats and not isinstance(fn, nn.Module):
         raise ValueError(f"among {len(inputs)} inputs there is no floating-point tensor "
                          f"that could be rounded; error_report(fn, q, k, v)")
     if definition is None and len(inputs) != 3:
         raise ValueError(f"without definition= the inputs are q, k, v; got {len(inputs)}")
-    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    one = dtypes is None or isinstance(dtypes, (torch.dtype, str))
+    dtypes = (dtypes,) if one else tuple(dtypes)
     unknown = [dtype for dtype in dtypes if dtype not in _DTYPES]
     if unknown or not dtypes:
         raise TypeError(f"dtypes must be some of {', '.join(map(str, _DTYPES))}; "
@@ -260,6 +285,19 @@ def _undisturbed(inputs: tuple) -> Iterator[None]:
         for kind in filter(torch.amp.is_autocast_available, types):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _check_output(name: str, out: object, exact: bool) -> None:
+    "Raise unless `out` can be compared; what is to be exact, is in float64."
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"{name} must return a floating-point tensor, or a tuple that "
+                        f"begins with one; got {kind}")
+    if out.numel() == 0:
+        raise ValueError(f"{name} gives {tuple(out.shape)}: nothing to compare")
+    if exact and out.dtype != torch.float64:
+        raise ValueError(f"{name} gives {out.dtype} for inputs in torch.float64: it must "
+                         f"keep the dtype that it is given, or nothing is exact")
 
 # %% ../nbs/12_tolerance.ipynb #statistics
 class HeadStatistics(NamedTuple):
@@ -283,13 +321,21 @@ def head_statistics(
     Hidden keys do not count, nor do queries that see nothing; a head without any gives 0.
     Raises as `attention` does.
     """
+    check_inputs(q, k, k, mask, bias)
     q, k = q.detach().to(torch.float64), k.detach().to(torch.float64)
-    options = dict(mask=mask, is_causal=is_causal)
-    largest, unscaled = (
-        logits.masked_fill(logits == -math.inf, 0).abs().amax((0, 2, 3))
-        for logits in (attention_logits(q, k, bias=bias, **options),
-                       attention_logits(q, k, scale=1.0, **options)))
-    weights = attention_weights(q, k, bias=bias, **options)
+    bias = None if bias is None else bias.detach().to(torch.float64)
+    logits = attention_logits(q, k, mask=mask, bias=bias, is_causal=is_causal)
+    products = attention_logits(q, k, scale=1.0).masked_fill(logits == -math.inf, -math.inf)
+    weights = masked_softmax(logits, None)
     entropy, rows = torch.special.entr(weights).sum(-1), weights.sum(-1) > 0.5
     mean = entropy.sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
-    return HeadStatistics(largest, unscaled, mean)
+    return HeadStatistics(largest_sizes(logits), largest_sizes(products), mean)
+
+
+def largest_sizes(
+    logits: Float[Tensor, "b h n m"],    # -inf = hidden
+) -> Float[Tensor, "h"]:
+    "The largest |logit| of each head, float32 at least; 0 where nothing is seen."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sizes = logits.masked_fill(logits == -math.inf, 0.0).abs().transpose(0, 1).flatten(1)
+    return sizes.amax(1) if sizes.numel() else sizes.new_zeros(len(sizes))

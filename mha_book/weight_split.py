@@ -214,10 +214,14 @@ class MultiHeadAttention(StackedProjections):
         q, k, v, mask = self._heads(x, context, mask, key_padding_mask, cache)
         dropout_p = self.dropout if self.training else 0.0
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
-        y = self.out_proj(merge_heads(self.attend(q, k, v, **options)))
+        y = self._hand_on(merge_heads(self.attend(q, k, v, **options)), x)
         if cache is not None:
             cache.commit()
         return y
+
+    def _hand_on(self, heads: Float[Tensor, "b n hd"], x: Tensor) -> Tensor:
+        "What the layer makes of its heads, side by side. `x` is for those that gate them."
+        return self.out_proj(heads)
 
     def attention_map(
         # all inputs as in `forward`; the cache is read, and left as it is
@@ -323,6 +327,7 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, dropout, plugs) -
     if isinstance(plugs["qk_norm"], nn.Module):
         raise TypeError("qk_norm makes the norms: "
                         "pass a class, such as nn.RMSNorm, not a norm")
+
 
 # %% ../nbs/03_weight_split.ipynb #layer-checks-check-call
 def _check_call(layer: StackedProjections, x: Tensor, context: Tensor | None,

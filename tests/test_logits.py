@@ -104,8 +104,9 @@ def test_plugs_refuse_counts_that_are_none_or_not_the_heads():
     q, k, v = heads()
     with refused(ValueError, "sinks of shape (5,)", "(6,)"):
         SinkAttention(5, **float64)(q, k, v)
-    with pytest.raises(RuntimeError):
-        HeadTemperature(5, **float64)(q, k, v)
+    for count in 5, 1:
+        with refused(ValueError, "6 query heads", f"{count} temperatures"):
+            HeadTemperature(count, **float64)(q, k, v)
 
 
 # --- the gate --------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_a_gated_layer_is_a_module_like_others():
         nn.init.constant_(p, math.nan)
     meta.reset_parameters()
     assert all(p.isfinite().all() for p in meta.parameters())
-    with pytest.raises(ValueError, match="forward of its own"):
+    with pytest.raises(ValueError, match="a gate"):
         to_torch(GatedAttention(s.e, 4))
 
 
@@ -336,7 +337,10 @@ def good():
 @pytest.mark.usefixtures("own_messages")
 @pytest.mark.parametrize("error, words, change", [
     (ValueError, ("qk_norm", "undoes"), dict(layer=lambda: build(qk_norm=nn.RMSNorm))),
-    (ValueError, ("computed from others",), dict(layer=lambda: adapted())),
+    (ValueError, ("computed from others",), dict(layer=lambda: adapted("weight"))),
+    (ValueError, ("computed from others",), dict(layer=lambda: adapted("bias"))),
+    (ValueError, ("used twice",), dict(layer=lambda: tied())),
+    (ValueError, ("threshold 1e-36", "1e+10"), dict(largest=torch.full((s.h,), 1e10), threshold=1e-36)),
     (TypeError, ("largest", "[1.0]"), dict(largest=[1.0])),
     (TypeError, ("largest", "int64"), dict(largest=torch.ones(s.h, dtype=torch.long))),
     (ValueError, ("(3,)", "(6,)"), dict(largest=torch.ones(3, **float64))),
@@ -359,9 +363,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(error, words, change):
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
-def adapted():
+def adapted(name):
     layer = build()
-    parametrize.register_parametrization(layer.in_proj, "weight", Doubled())
+    parametrize.register_parametrization(layer.in_proj, name, Doubled())
+    return layer
+
+
+def tied():
+    layer = MultiHeadAttention(s.e, 2 * s.g, num_kv_heads=s.g, head_dim=s.d, context_dim=s.e, **float64)
+    layer.context_proj.weight = layer.in_proj.weight
     return layer
 
 
@@ -426,3 +436,63 @@ def test_an_infinite_sink_is_no_sink():
         nn.init.constant_(plug.sinks, -math.inf)
         close(plug(q, k, v), attention(q, k, v))
     close(attention_weights(q, k, sinks=plug.sinks), attention_weights(q, k))
+
+
+def test_a_layer_may_have_its_output_computed_from_others():
+    layer = build()
+    parametrize.register_parametrization(layer.out_proj, "weight", Doubled())
+    before = layer.in_proj.weight[:s.d].clone()
+    qk_clip_(layer, good(), 25.0)
+    close(layer.in_proj.weight[:s.d], before * 0.5**0.5)
+
+
+def test_keys_and_queries_take_a_root_each_and_the_rest_goes_to_queries():
+    layer = build(bias=False)
+    before = layer.in_proj.weight.clone()
+    largest = torch.tensor([40.0, 90.0, 10.0, 20.0, 5.0, 2.0], **float64)    # in groups of two
+    factors = qk_clip_(layer, largest, 10.0)
+    for i, factor in enumerate((1 / 4, 1 / 9, 1.0, 1 / 2, 1.0, 1.0)):
+        rows, keys = layer.layout.rows("q", i), layer.layout.rows("k", i // 2)
+        mildest = (1 / 4, 1.0, 1.0)[i // 2]
+        close(factors[i].item(), factor)
+        close(layer.in_proj.weight[keys], before[keys] * mildest**0.5)
+        close(layer.in_proj.weight[rows], before[rows] * factor / mildest**0.5)
+
+
+def test_a_clip_that_clips_nothing_leaves_a_pending_backward_alone():
+    layer, x = build(), tokens()
+    y = layer(x)
+    qk_clip_(layer, good(), 1e9)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+def test_under_autocast_the_largest_logit_is_that_of_float32(cast):
+    layer = MultiHeadAttention(4, 1, bias=False)
+    with torch.no_grad():
+        layer.in_proj.weight.zero_()
+        layer.in_proj.weight[0, 0], layer.in_proj.weight[4, 0] = 400.0, -400.0
+    with torch.autocast("cpu", dtype=cast):
+        size = largest_logits(layer, torch.ones(1, 1, 4))
+    assert size.dtype == torch.float32 and size.item() == pytest.approx(80_000, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [HeadTemperature, SinkAttention])
+def test_plugs_hand_dropout_and_device_on(kind):
+    seen = {}
+    plug = kind(s.h, attend=lambda q, k, v, **options: seen.update(options) or q[..., :1] * v[:, :1, :1], device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in plug.parameters()} == {("meta", torch.float64)}
+    plug = kind(s.h, attend=plug.attend, **float64)
+    plug(*heads(), dropout_p=0.25)
+    assert seen["dropout_p"] == 0.25
+
+
+def test_z_loss_of_halves_is_in_float32():
+    assert z_loss(torch.full((2, 8), 300.0, dtype=torch.float16)) == 90_000
+
+
+def test_gradient_report_sees_a_masked_head_behind_a_gate():
+    layer, x, mask = build(GatedAttention), tokens(), torch.ones(s.h, s.n, s.n, dtype=torch.bool)
+    mask[2] = False
+    reasons = [row.reason for row in gradient_report(layer, lambda: layer(x, mask=mask).sum()).heads if row.head == 2]
+    assert any("masked everywhere" in (reason or "") for reason in reasons)

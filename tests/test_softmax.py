@@ -412,7 +412,11 @@ class TestBadInput:
         ([OUT, OUT.to("meta")], [LSE, LSE.to("meta")], ValueError, ["part 1", "meta", "cpu", ".to("]),
         ([OUT.half(), OUT.half()], [LSE, LSE.half()], TypeError, ["part 1", "float16", "float32"]),
         ([OUT.bfloat16()], [LSE.bfloat16()], TypeError, ["part 0", "bfloat16", "float32"]),
-        ([OUT], [LSE.long()], TypeError, ["part 0", "int64", "float32"])])
+        ([OUT, OUT.to("meta")], [LSE, LSE], ValueError, ["part 1", "meta", "cpu", ".to("]),
+        ([OUT, OUT], [LSE, LSE.to("meta")], ValueError, ["part 1", "meta", "cpu", ".to("]),
+        ([OUT.long()], [LSE], TypeError, ["out of part 0", "int64"]),
+        ([OUT, None], [LSE, LSE], TypeError, ["out of part 1", "NoneType"]),
+        ([OUT], [LSE.long()], TypeError, ["lse of part 0", "int64"])])
     def test_parts_that_cannot_be_merged(self, outs, lses, error, words):
         with refused(error, *words):
             merge_attention(outs, lses)
@@ -439,3 +443,10 @@ def test_two_at_a_time_and_all_at_once_lose_the_same():
     running = reduce(lambda a, b: merge_attention(*zip(a, b)), zip(outs, lses))
     errors = [(t[0] - exact).abs().max().item() for t in (at_once, running)]
     assert max(errors) < 64 * torch.finfo(torch.float32).eps * outs.abs().max()
+
+
+def test_a_wide_lse_beside_narrow_outputs_stays_wide():
+    outs, lses = [torch.zeros(2, 6, 5, 8)] * 2, [torch.randn(2, 6, 5, dtype=torch.float64) for _ in range(2)]
+    out, lse = merge_attention(outs, lses)
+    assert out.dtype == torch.float32 and lse.dtype == torch.float64
+    torch.testing.assert_close(lse, torch.logaddexp(*lses), atol=1e-15, rtol=0)

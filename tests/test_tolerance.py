@@ -245,7 +245,8 @@ def test_weights_are_rounded_before_anything_is_exact():
             self.register_buffer("offset", torch.tensor([1 + 2**-13]))
 
         def forward(self, x):
-            return (x.double() * self.weight.double() + self.offset.double()).float()    # exact in every dtype
+            y = x.double() * self.weight.double() + self.offset.double()    # exact in every dtype
+            return y if x.dtype == torch.float64 else y.float()
 
     module = Weight()
     report = error_report(module, torch.ones(1), definition=module, dtypes=LOW)
@@ -262,7 +263,7 @@ def test_truths_and_integers_stay_what_they_are():
     mask = torch.rand(s.n, s.m) < 0.5
     assert error_report(masked, *heads(), mask, torch.arange(3), None, definition=masked, dtypes=torch.float16).passes
     assert seen == [(dtype, torch.bool, torch.int64, None)
-                    for dtype in (torch.float64, torch.float16, torch.float16)]
+                    for dtype in (torch.float64, torch.float64, torch.float16, torch.float16)]
 
 
 def test_keywords_of_a_partial_are_rounded_too_and_no_gradient_is_kept():
@@ -276,7 +277,7 @@ def test_keywords_of_a_partial_are_rounded_too_and_no_gradient_is_kept():
     fn = partial(shifted, by=by)
     report = error_report(fn, torch.zeros(1), definition=fn, dtypes=torch.bfloat16)
     assert [row.error for row in report.rows] == [0.0]
-    assert seen == [(dtype, dtype, False) for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)]
+    assert seen == [(dtype, dtype, False) for dtype in [torch.float64] * 2 + [torch.bfloat16] * 2]
 
 
 # Modules
@@ -430,6 +431,12 @@ class Tied(nn.Module):
      lambda q: error_report(lambda q, k, v: q[..., 0], q, q, q)),
     (TypeError, "fn must return a floating-point tensor.*got str", lambda q: error_report(lambda *_: "x", q, q, q)),
     (TypeError, "got torch.int64", lambda q: error_report(lambda *_: torch.arange(3), q, q, q)),
+    (TypeError, "got None", lambda q: error_report(MATH, q, q, q, dtypes=None)),
+    (TypeError, "got 'float16'", lambda q: error_report(MATH, q, q, q, dtypes="float16")),
+    (ValueError, "definition gives another result with another seed",
+     lambda q: error_report(lambda *_: torch.zeros(3), q, q, q, definition=partial(MATH, dropout_p=0.5))),
+    (ValueError, "definition gives torch.float32 for inputs in torch.float64",
+     lambda q: error_report(torch.sin, q, definition=lambda x: x.float().sin())),
     (ValueError, r"definition gives \(0, 6, 5, 8\): nothing to compare",
      lambda q: error_report(MATH, q[:0], q[:0], q[:0])),
     (RuntimeError, "definition failed in torch.float64, it must run in float64 on the CPU: ValueError: width differs",
@@ -468,3 +475,113 @@ def test_the_figures_draw_every_head():
     values = torch.rand(3, 5)
     image = head_grid(values).images[0]
     assert image.get_clim()[0] == 0 and torch.equal(torch.tensor(image.get_array().data), values)
+
+
+# What a hostile review found
+
+
+class Rotated(nn.Module):
+    "A buffer of complex numbers."
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.randn(4)))
+
+    def forward(self, x):
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (4, 2))) * self.turn).flatten(-2).to(x.dtype)
+
+
+def test_complex_buffers_stay_complex():
+    layer = Rotated()
+    def by_hand(x):
+        real, imag = x.unflatten(-1, (4, 2)).unbind(-1)
+        c, s = (t.to(x.dtype) for t in (layer.turn.real, layer.turn.imag))
+        return torch.stack([real * c - imag * s, real * s + imag * c], -1).flatten(-2)
+    x = torch.randn(5, 8)
+    assert error_report(by_hand, x, definition=layer, dtypes=[torch.float32]).passes
+    wrong = error_report(lambda x: x * layer.turn.real.repeat_interleave(2).to(x.dtype), x, definition=layer)
+    assert not any(row.passes for row in wrong.rows)
+
+
+def test_a_method_is_judged_by_itself_and_not_by_its_name():
+    class Base(nn.Module):
+        def forward(self, x): return x
+    class Sub(Base):
+        def forward(self, x): return x + 100
+        def base(self): return super().forward
+    x = torch.randn(3)
+    assert error_report(Sub().base(), x, definition=torch.clone).passes
+    assert not error_report(Sub().forward, x, definition=torch.clone).passes
+
+
+def test_lists_and_dicts_of_tensors_are_copied_and_rounded():
+    w = torch.full((3,), 1 / 3)
+    seen = []
+    def fn(x, more):
+        seen.append(more["w"][0].dtype)
+        return more["w"][0].mul_(2) * x
+    more = {"w": [w], "name": "w"}
+    report = error_report(fn, torch.randn(3), more, definition=lambda x, more: 2 * more["w"][0] * x)
+    assert report.passes and torch.equal(w, torch.full((3,), 1 / 3))
+    assert set(seen) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_what_was_one_tensor_stays_one():
+    kinds = []
+    def fn(q, k, v):
+        kinds.append(q is k is v)
+        return MATH(q, k, v)
+    x = torch.randn(2, 6, 5, 8)
+    error_report(fn, x, x, x)
+    assert all(kinds)
+
+
+def test_a_model_of_words_can_be_judged():
+    words = torch.arange(4)
+    layer = nn.Embedding(5, 3)
+    assert error_report(layer, words, definition=layer).passes
+    with pytest.raises(ValueError, match="no floating-point tensor"):
+        error_report(torch.clone, words, definition=layer)
+
+
+def test_positional_arguments_of_a_partial_and_lists_that_are_returned():
+    w = torch.full((3,), 1 / 3)
+    def scaled(w, x): return [w * x, None]
+    report = error_report(partial(scaled, w), torch.randn(3), definition=partial(lambda w, x: w * x, w))
+    assert report.passes and all(row.error <= row.plain for row in report.rows)
+
+
+def test_keys_that_a_bias_hides_do_not_count_and_nothing_leaves_a_graph():
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    k[:, :, 2] = 1e4
+    bias = torch.zeros(5).masked_fill(torch.arange(5) == 2, -math.inf).requires_grad_()
+    found = head_statistics(q, k, bias=bias)
+    without = head_statistics(q, k[:, :, [0, 1, 3, 4]])
+    for a, b in zip(found, without):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+        assert not a.requires_grad
+    for b, n, m in ((0, 3, 5), (1, 0, 5), (1, 3, 0)):
+        empty = head_statistics(torch.ones(b, 2, n, 4), torch.ones(b, 2, m, 4))
+        assert all(torch.equal(t, torch.zeros_like(t)) and t.shape == (2,) for t in empty)
+    with pytest.raises(TypeError):
+        head_statistics(q, k.half())
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_steps_and_dtypes_that_are_none():
+    q, k, v = heads()
+    for steps in (None, [1, "x"], [["scores"]]):
+        with pytest.raises(ValueError, match="is not a step of attention"):
+            rounded_attention(q, k, v, dtype=torch.bfloat16, steps=steps)
+    with pytest.raises(TypeError, match="int8"):
+        rounded_attention(q, k, v, dtype=torch.int8, steps=[])
+    nothing = rounded_attention(q, k[:, :, :0], v[:, :, :0], dtype=torch.bfloat16)
+    assert nothing.shape == (*q.shape[:3], v.shape[3]) and not nothing.any()
+
+
+def test_very_low_scores_are_shifted_by_their_own_largest():
+    q, k = torch.full((1, 1, 1, 4), 1e4), torch.full((1, 1, 2, 4), -1e4)
+    k[:, :, 1] *= 1.0001
+    v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    assert rounded_attention(q, k, v, dtype=torch.float32, steps=[]).item() == 1.0
