@@ -480,10 +480,14 @@ def test_under_autocast_the_largest_logit_is_that_of_float32(cast):
 @pytest.mark.parametrize("kind", [HeadTemperature, SinkAttention])
 def test_plugs_hand_dropout_and_device_on(kind):
     seen = {}
-    plug = kind(s.h, attend=lambda q, k, v, **options: seen.update(options) or q[..., :1] * v[:, :1, :1], device="meta", dtype=torch.float64)
-    assert {(p.device.type, p.dtype) for p in plug.parameters()} == {("meta", torch.float64)}
-    plug = kind(s.h, attend=plug.attend, **float64)
-    plug(*heads(), dropout_p=0.25)
+
+    def attend(q, k, v, **options):
+        seen.update(options)
+        return q[..., :1] * v[:, :1, :1]
+
+    there = kind(s.h, attend=attend, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in there.parameters()} == {("meta", torch.float64)}
+    kind(s.h, attend=attend, **float64)(*heads(), dropout_p=0.25)
     assert seen["dropout_p"] == 0.25
 
 
