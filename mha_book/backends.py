@@ -185,7 +185,8 @@ def _sink_columns(sinks: Tensor, scale: float,
     can carry: there it is what no q · k comes near.
     """
     device, dtypes = like.device.type, {like.dtype}
-    if torch.is_autocast_enabled(device):    # where float32 may become a half
+    available = torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device):    # where float32 may become a half
         dtypes.add(torch.get_autocast_dtype(device))
     near = far = 2.0 ** 15
     if torch.float16 not in dtypes:

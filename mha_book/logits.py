@@ -8,6 +8,7 @@ __all__ = ['largest_logits', 'HeadTemperature', 'SinkAttention', 'GatedAttention
 # %% ../nbs/13_logits.ipynb #imports
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,7 +40,9 @@ def largest_logits(
     """
     q, k, _, mask = layer._heads(x, context, mask, key_padding_mask, None)
     q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
-    with torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) \
+            else nullcontext():
         logits = attention_logits(q, k, mask=mask, is_causal=is_causal, window=window,
                                   scale=scale)
     return largest_sizes(logits)

@@ -343,6 +343,39 @@ def converted(device, options):
 enter("convert_layout, fitting_dialects", converted, {name: name for name in DIALECTS})
 
 
+def in_two_parts(device, options):
+    q, k, v = heads(device)
+    parts = zip(*(mha_book.attention_with_lse(q, a, b) for a, b in zip(k.split(4, dim=2), v.split(4, dim=2))))
+    return mha_book.merge_attention(*parts), mha_book.attention_with_lse(q, k, v, **options(device))
+
+
+enter("attention_with_lse, merge_attention", in_two_parts, SHARED | NEWER | SOFTCAP)
+enter("head_statistics", partial(weighed, weights=mha_book.head_statistics),
+      {name: SHARED[name] for name in ("plain", "causal", "mask h n m, causal", "bias")})
+
+
+def held(device, options):
+    layer = layer_of(device, attend=options(s.h, device=device, dtype=torch.float64))
+    y = layer(tokens(device), is_causal=True)
+    y.sum().backward()
+    return layer, y
+
+
+enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+
+
+def gated(device):
+    layer = mha_book.GatedAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    return layer, layer(tokens(device), is_causal=True)
+
+
+CASES |= {
+    "GatedAttention": gated,
+    "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
+    "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+}
+
+
 def way(device, options):
     layer = NINE_WAYS[options](MultiHeadAttention(48, s.h, device=device))
     return layer, layer(torch.randn(s.b, s.n, 48, device=device))
@@ -381,7 +414,22 @@ def reported(device, seen):
     return layer
 
 
+def clipped(device):
+    layer, x = layer_of(device), tokens(device)
+    return layer, mha_book.qk_clip_(layer, mha_book.largest_logits(layer, x), 1e-3)
+
+
+def judged(device):
+    report = mha_book.error_report(mha_book.fused_attend, *heads(device))
+    assert report.passes
+    layer = layer_of(device)
+    assert mha_book.error_report(layer, tokens(device), definition=layer, dtypes=torch.float32).passes
+    return layer
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
+    "qk_clip_": clipped,
+    "error_report": judged,
     "convert_mask": lambda device: [
         convert_mask(bits(s.b, 1, s.n, s.n, device=device), "mha_book", target, (s.b, s.h, s.n, s.n))
         for target in ("sdpa_added", "torch", "keras", "onnx")],
