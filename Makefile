@@ -106,7 +106,7 @@ bench: $(READY) ## measure on this machine (a quarter of an hour on a CPU), for 
 	@$(BIN)/mha-book bench --json nbs/measured/yours.json
 
 .PHONY: stress
-stress: $(READY) ## train a small model until it breaks (a quarter of an hour), for your table beside the book's
+stress: $(READY) ## train a small model until it breaks (half an hour on a CPU), for your table beside the book's
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book stress --json nbs/measured/stress-yours.json
 
