@@ -177,7 +177,7 @@ def _width(d: int, dv: int) -> int:
     "Room for two more columns, in eights, as vector units and tensor cores like it."
     return -(-max(d + 2, dv) // 8) * 8
 
-
+# %% ../nbs/07_backends.ipynb #sinks-columns
 def _sink_columns(sinks: Tensor, scale: float,
                   like: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """Two columns for the queries, h 1 2, and what the new key has in them, so that times
@@ -200,7 +200,7 @@ def _sink_columns(sinks: Tensor, scale: float,
     second = torch.where(small, 0.0, sinks.sign() * math.copysign(far, scale))
     return torch.stack([first, second], dim=-1).to(like.dtype)[:, None], (factor, far)
 
-
+# %% ../nbs/07_backends.ipynb #sinks-bias
 def _bias_with_front(call: AttentionCall) -> Tensor:
     "The bias, with a key in front that is hidden where the sink is -inf: a bias may be as low."
     m, bias = call.k.shape[2], call.bias.to(call.q.dtype)

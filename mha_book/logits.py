@@ -237,7 +237,7 @@ def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) ->
         raise ValueError(f"threshold {threshold} is nothing beside the largest logit, "
                          f"{largest.max():.0e}: so small a factor would end in zeros")
 
-
+# %% ../nbs/13_logits.ipynb #clip-check-sizes
 def _check_sizes(largest: Tensor, shape: tuple[int], device: torch.device) -> None:
     "Raise unless they are the sizes of logits, one a query head."
     if not isinstance(largest, Tensor) or not largest.is_floating_point():
@@ -250,7 +250,7 @@ def _check_sizes(largest: Tensor, shape: tuple[int], device: torch.device) -> No
         raise ValueError(f"largest {largest.tolist()} must be finite and not negative: "
                          f"sizes of logits, as largest_logits gives them")
 
-
+# %% ../nbs/13_logits.ipynb #clip-check-rows
 def _has_rows_of_its_own(layer: MultiHeadAttention) -> bool:
     "Whether weights and biases of queries and keys are parameters, each used once."
     projections = [p for p in (layer.in_proj, layer.context_proj) if p is not None]

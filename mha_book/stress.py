@@ -157,7 +157,7 @@ class Block(nn.Module):
         x = x + self.attention(self.norms[0](x), is_causal=True)
         return x + self.mlp(self.norms[1](x))
 
-
+# %% ../nbs/13_stress.ipynb #model-copy
 class CopyModel(nn.Module):
     "Embeddings of tokens and places, some blocks, a norm and a readout."
 
@@ -265,7 +265,7 @@ class Run:
         rises = [later - pair for i, pair in enumerate(pairs) for later in pairs[i:]]
         return "diverged" if max(rises) > tenth else "stuck"
 
-
+# %% ../nbs/13_stress.ipynb #run-model
 def _model(treatment: Treatment, seed: int, training: Training) -> CopyModel:
     """The model of a seed, the same on every device, as it is made on the CPU. What the plain
     model has, too, begins with the weights of the plain one.
@@ -277,7 +277,7 @@ def _model(treatment: Treatment, seed: int, training: Training) -> CopyModel:
     model.load_state_dict(plain.state_dict(), strict=False)
     return model
 
-
+# %% ../nbs/13_stress.ipynb #run-train
 def train(
     name: str,               # one of TREATMENTS
     rate: float,             # the largest learning rate
@@ -337,7 +337,7 @@ def learned(
                 if (run.treatment, run.rate) == (name, rate)]
     return outcomes.count("learned"), len(outcomes)
 
-
+# %% ../nbs/13_stress.ipynb #verdict-rungs
 def rungs(
     runs: list[Run],
     training: Training,
@@ -350,7 +350,7 @@ def rungs(
             found[run.seed] += 1
     return found
 
-
+# %% ../nbs/13_stress.ipynb #verdict-words-code
 def verdict(
     gain: float,         # rungs of the ladder more than the plain layer
 ) -> str:

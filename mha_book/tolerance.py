@@ -212,7 +212,7 @@ def _as(value: object, dtype: torch.dtype, then: torch.dtype, device: str | None
         return {name: again(x) for name, x in value.items()}
     return value
 
-
+# %% ../nbs/12_tolerance.ipynb #report-run-tensor
 def _tensor_as(t: Tensor, dtype: torch.dtype, then: torch.dtype,
                device: torch.device | str) -> Tensor:
     "A copy; complex numbers, of which there are no narrow ones, are not rounded."
@@ -223,7 +223,7 @@ def _tensor_as(t: Tensor, dtype: torch.dtype, then: torch.dtype,
         return t.to(device=device, dtype=kind, copy=True)
     return t.to(device=device, copy=True)
 
-
+# %% ../nbs/12_tolerance.ipynb #report-run-run
 def _run(name: str, fn: Callable, inputs: tuple, dtype: torch.dtype, then: torch.dtype,
          device: str | None = None, seed: int = 0) -> Tensor:
     "What `fn` gives, in float64 on the CPU."
@@ -241,7 +241,7 @@ def _run(name: str, fn: Callable, inputs: tuple, dtype: torch.dtype, then: torch
     _check_output(name, out, exact=device is not None)
     return out.to("cpu", torch.float64)
 
-
+# %% ../nbs/12_tolerance.ipynb #report-run-exact
 def _exact(definition: Callable, inputs: tuple, dtype: torch.dtype) -> Tensor:
     "What is right; ValueError where that is not one thing."
     once, again = (_run("definition", definition, inputs, dtype, torch.float64, "cpu", seed)
@@ -275,7 +275,7 @@ def _check_report(fn: object, inputs: tuple, definition: object,
                         f"got {', '.join(map(repr, unknown)) or 'none'}")
     return dtypes
 
-
+# %% ../nbs/12_tolerance.ipynb #report-undisturbed
 @contextmanager
 def _undisturbed(inputs: tuple) -> Iterator[None]:
     "No gradients, no autocast, and afterwards the random state of before."
@@ -286,7 +286,7 @@ def _undisturbed(inputs: tuple) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
-
+# %% ../nbs/12_tolerance.ipynb #report-check-output
 def _check_output(name: str, out: object, exact: bool) -> None:
     "Raise unless `out` can be compared; what is to be exact, is in float64."
     if not isinstance(out, Tensor) or not out.is_floating_point():
@@ -307,7 +307,7 @@ class HeadStatistics(NamedTuple):
     unscaled: Float[Tensor, "h"]   # the largest |q · k|; beyond 65504 float16 overflows
     entropy: Float[Tensor, "h"]    # the mean entropy of the weights, in nats
 
-
+# %% ../nbs/12_tolerance.ipynb #statistics-code
 def head_statistics(
     q: Float[Tensor, "b h n d"],               # queries
     k: Float[Tensor, "b g m d"],               # keys; g divides h
@@ -331,7 +331,7 @@ def head_statistics(
     mean = entropy.sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
     return HeadStatistics(largest_sizes(logits), largest_sizes(products), mean)
 
-
+# %% ../nbs/12_tolerance.ipynb #statistics-sizes
 def largest_sizes(
     logits: Float[Tensor, "b h n m"],    # -inf = hidden
 ) -> Float[Tensor, "h"]:
