@@ -265,10 +265,11 @@ class MultiHeadAttention(StackedProjections):
 def _offset(key_padding_mask: Tensor | None, cache) -> int | Tensor:
     """The place of a call's first token, after the real tokens before this call.
 
-    With a cache rows are aligned on the right: padding comes first, and stands before 0.
+    Padding before a row's first real token stands before that token's place.
     """
-    padded = 0 if key_padding_mask is None else (~key_padding_mask).sum(1)
-    return 0 if cache is None else cache.seen - padded
+    if cache is None or key_padding_mask is None:
+        return 0 if cache is None else cache.seen
+    return cache.seen - (key_padding_mask.cumsum(1) == 0).sum(1)
 
 # %% ../nbs/03_weight_split.ipynb #layer-remember
 def _remember(k: Tensor, v: Tensor, key_padding_mask: Tensor | None, cache):
