@@ -11,8 +11,9 @@ from .single_head import AttentionHead, causal_mask, fused_attend
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
-from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
-from .layouts import from_state_dict, from_torch, to_torch
+from .layouts import (
+    Dialect, convert_layout, from_state_dict, from_torch, to_torch)
+from .which_dialect import fitting_dialects, guess_dialect
 from .masks import convert_mask
 from .gradients import gradient_report
 from .device import benchmark, peak_bytes, pick_device
@@ -23,10 +24,11 @@ from .softmax import attention_with_lse, merge_attention
 from .tolerance import error_report, head_statistics
 from .logits import (
     GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss)
+from .rope import RoPE
 
 __all__ = [
     "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
-    "HeadTemperature", "MultiHeadAttention", "SinkAttention", "attention",
+    "HeadTemperature", "MultiHeadAttention", "RoPE", "SinkAttention", "attention",
     "attention_weights", "attention_with_lse", "benchmark", "causal_mask",
     "convert_layout", "convert_mask", "error_report", "explain_dispatch",
     "fitting_dialects", "from_state_dict", "from_torch", "fused_attend",

@@ -361,6 +361,19 @@ def held(device, options):
     return layer, y
 
 
+ROPES = {name: mha_book.RoPE(s.d, **options) for name, options in {
+    "half-split": {}, "interleaved": dict(pairing="interleaved"), "partial": dict(rotary_dim=4)}.items()}
+
+
+def turned(device, options):
+    layer = layer_of(device, position=options)
+    k = heads(device)[1]
+    y = layer(tokens(device), is_causal=True, cache=GrowingCache())
+    y.sum().backward()
+    return y, options(k, k, offset=torch.arange(s.b, device=device)), [p.grad for p in layer.parameters()]
+
+
+enter("RoPE", turned, ROPES)
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
 
 

@@ -2,7 +2,7 @@
 import copy
 import itertools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -14,10 +14,11 @@ from test_contracts import refused
 from torch import nn
 
 from mha_book import HeadLayout, MultiHeadAttention
-from mha_book.layouts import (DIALECTS, Dialect, convert_layout, fitting_dialects, from_state_dict, from_torch,
-                              guess_dialect, to_torch)
+from mha_book.layouts import (DIALECTS, Dialect, convert_layout, from_state_dict, from_torch, interleave_pairs,
+                              to_torch)
 from mha_book.single_head import attention
 from mha_book.testing import SIZES
+from mha_book.which_dialect import fitting_dialects, guess_dialect
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("book")
@@ -41,6 +42,11 @@ def grouped_row(part, i, r, h, g, d):
     return (group * (size + 2) + slot) * d + r
 
 
+def paired(r, width):
+    "Where row r of a head stands when the rows r and r + width/2 are neighbours."
+    return r if r >= width else 2 * r if r < width // 2 else 2 * (r - width // 2) + 1
+
+
 PLACES = {
     "separate": lambda p, i, r, c, h, g, d: (f"{p}_proj.weight", (i * d + r, c)),
     "stacked": lambda p, i, r, c, h, g, d: ("in_proj.weight", (row(p, i, r, h, g, d), c)),
@@ -52,6 +58,7 @@ PLACES = {
     "packed_kv": lambda p, i, r, c, h, g, d: (
         ("Wq.weight", (i * d + r, c)) if p == "q" else ("Wkv.weight", (("kv".index(p) * g + i) * d + r, c))),
     "multi_query": lambda p, i, r, c, h, g, d: ("query_key_value.weight", (row(p, i, r, h, g, d), c)),
+    "gguf": lambda p, i, r, c, h, g, d: (f"attn_{p}.weight", (i * d + (r if p == "v" else paired(r, d)), c)),
 }
 OUTPUTS = {
     "separate": lambda i, r, c, d: ("out_proj.weight", (c, i * d + r)),
@@ -63,6 +70,7 @@ OUTPUTS = {
     "kernels": lambda i, r, c, d: ("out.kernel", (i, r, c)),
     "packed_kv": lambda i, r, c, d: ("out_proj.weight", (c, i * d + r)),
     "multi_query": lambda i, r, c, d: ("dense.weight", (c, i * d + r)),
+    "gguf": lambda i, r, c, d: ("attn_output.weight", (c, i * d + r)),
 }
 
 
@@ -119,9 +127,10 @@ class Numbers:
 
     def dialects(self):
         "The names of those that can carry them."
-        h, g, _ = self.heads
+        h, g, d = self.heads
         widths = [self.weights[part].shape[2] for part in "qkv"]
         able = {"separate", "per_head", "kernels"}
+        able |= {"gguf"} if d % 2 == 0 else set()
         able |= {"packed_kv"} if widths[1] == widths[2] else set()
         if len(set(widths)) == 1:
             able |= {"stacked", "grouped"} | ({"interleaved", "conv1d"} if g == h else set())
@@ -178,7 +187,7 @@ def test_every_number_is_at_its_place_in_every_dialect(heads, data):
         assert_same_bits(convert_layout(written[source], source, target, problem.heads), written[target])
 
 
-def test_all_nine_are_tried():
+def test_all_ten_are_tried():
     assert set(PLACES) == set(OUTPUTS) == set(DIALECTS)
     able = {name for g in (6, 3, 1)
             for name in Numbers.random(HeadLayout(6, g, 2), dict(q=4, k=4, v=4, o=4)).dialects()}
@@ -234,6 +243,29 @@ def test_a_dialect_of_ones_own(heads):
         written = problem.write(lambda *where: own_place(dialect, heads, *where))
         assert_same_bits(convert_layout(separate, "separate", dialect, heads), written)
         assert_same_bits(convert_layout(written, dialect, "separate", heads), separate)
+
+
+@pytest.mark.parametrize("width", [None, 2, 4, 6, 8])
+@pytest.mark.parametrize("base", ["separate", "grouped", "per_head", "conv1d", "kernels", "packed_kv"])
+def test_pairs_of_rows_in_any_dialect_and_any_width(base, width):
+    heads = EQUAL if base == "conv1d" else GROUPED
+    own = replace(DIALECTS[base], pairs="interleaved", rotary_dim=width)
+    problem = Numbers.random(heads, dict(q=4, k=4, v=4, o=5))
+
+    def own_row(part, i, r, c):
+        return place(base, heads, part, i, paired(r, width or s.d) if part in "qk" else r, c)
+    written, plain = problem.write(own_row), problem.in_dialect(base)
+    assert_same_bits(convert_layout(plain, base, own, heads), written)
+    assert_same_bits(convert_layout(written, own, base, heads), plain)
+    same = all(torch.equal(written[name].view(torch.int32), plain[name].view(torch.int32)) for name in plain)
+    assert same == (width == 2)    # a single pair is in order either way
+
+
+def test_rows_of_a_norm_move_as_those_of_a_head():
+    rows = torch.arange(2 * 8.0).view(2, 8)
+    assert interleave_pairs(rows)[1].tolist() == [8, 12, 9, 13, 10, 14, 11, 15]
+    assert interleave_pairs(rows, 4)[0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(interleave_pairs(interleave_pairs(rows, 6), 6, back=True), rows)
 
 
 def test_parts_that_read_different_widths_cannot_share_a_tensor():
@@ -399,13 +431,14 @@ def test_a_layer_has_the_dtype_of_its_weights(dtype):
 
 @pytest.mark.parametrize("g, writer, fitting", [
     (6, "stacked", "stacked interleaved grouped"), (3, "stacked", "stacked grouped"), (6, "conv1d", "conv1d"),
-    (1, "stacked", "stacked grouped multi_query"), (1, "separate", "separate"), (3, "packed_kv", "packed_kv"),
+    (1, "stacked", "stacked grouped multi_query"), (1, "separate", "separate gguf"),
+    (3, "gguf", "separate gguf"), (3, "packed_kv", "packed_kv"),
     (3, "kernels", "kernels"), (3, "per_head", "per_head")])
 def test_names_and_shapes_leave_few_dialects(g, writer, fitting):
     heads = HeadLayout(s.h, g, s.d)
     neutral = dict(q="query", k="key", v="value", kv="kv_proj", qkv="qkv", o="out")
-    own = Dialect({parts: neutral[parts] for parts in DIALECTS[writer].names}, DIALECTS[writer].axes,
-                  DIALECTS[writer].out_axes, DIALECTS[writer].order)
+    own = replace(DIALECTS[writer], names={parts: neutral[parts] for parts in DIALECTS[writer].names},
+                  weight="{}.weight", bias="{}.bias")
     state = named("mha.", convert_layout(random_state(heads=heads), "separate", own, heads))
     assert fitting_dialects(state, heads, prefix="mha.") == fitting.split()
 
@@ -574,6 +607,12 @@ class TestBadWeights:
         with refused(ValueError, dialect):
             from_state_dict(random_state(), GROUPED, dialect)
 
+    @pytest.mark.parametrize("d, width", [(5, None), (8, 3), (8, 10), (8, 0), (8, -2)])
+    def test_pairs_that_a_head_has_not(self, d, width):
+        own, heads = replace(DIALECTS["gguf"], rotary_dim=width), HeadLayout(6, 3, d)
+        with refused(ValueError, "rotary_dim", str(d if width is None else width), str(d), "even"):
+            convert_layout(random_state("separate", heads), "separate", own, heads)
+
     def test_prefixes_that_nothing_begins_with(self):
         for refuse in (from_state_dict, fitting_dialects):
             with refused(ValueError, "'h.1.'", "h.0.q_proj.weight"):
@@ -596,6 +635,7 @@ class TestBadWeights:
         (dict(names=dict(q="a", k="a", v="b", o="o")), ["names", "'a'"]),
         (dict(order="part"), ["order", "'part'", "parts", "groups"]),
         (dict(kv_heads="all"), ["kv_heads", "'all'", "any"]),
+        (dict(pairs="neox"), ["pairs", "'neox'", "half_split", "interleaved"]),
         (dict(axes="h d"), ["axes", "'h d'", "hd e"]), (dict(out_axes="e"), ["out_axes", "'e'", "e hd"])])
     def test_dialects_that_cannot_be(self, options, words):
         with refused(ValueError, *words):

@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from mha_book import HeadLayout, causal_mask
-from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch, guess_dialect
+from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
 from mha_book.masks import MASK_DIALECTS, convert_mask
 from mha_book.single_head import attention
 from mha_book.testing import SIZES
+from mha_book.which_dialect import guess_dialect
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
