@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD_COLORS', 'LINE_COLORS', 'MARKERS', 'WEIGHTS', 'head_color', 'line_color', 'attention_map', 'curves',
-           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline', 'ratio_bars', 'reaches',
+           'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline', 'ratio_bars', 'reaches', 'dots',
            'head_grid', 'head_errors', 'cover']
 
 # %% ../nbs/90_figures.ipynb #imports
@@ -286,6 +286,25 @@ def reaches(
                 markevery=[0, len(x) - 1], drawstyle="steps-post")
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     ax.minorticks_off()
+    ax.legend()
+    return ax
+
+# %% ../nbs/90_figures.ipynb #dots-code
+def dots(
+    values: dict[str, float],     # a name and its number
+    groups: dict[str, set[str]],  # what the legend says -> the names that it holds for
+    *,
+    xlabel: str,
+    ax: Axes | None = None,
+) -> Axes:
+    "A number a name, from top to bottom, on a logarithmic axis."
+    ax = plt.subplots(figsize=(6, 0.8 + 0.3 * len(values)))[1] if ax is None else ax
+    for i, (label, names) in enumerate(groups.items()):
+        rows = [row for row, name in enumerate(values) if name in names]
+        ax.plot([[*values.values()][row] for row in rows], rows, MARKERS[i], label=label,
+                color=line_color(i))
+    ax.set(xscale="log", xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
+    ax.set_yticks(range(len(values)), values)
     ax.legend()
     return ax
 

