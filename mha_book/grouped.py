@@ -232,9 +232,6 @@ def align_kv_heads(
     if parts not in ("k", "v", "kv"):
         raise ValueError(f'parts must be "k", "v" or "kv", got {parts!r}')
     _check_rows(layer)
-    for part, name in (("k", "keys"), ("v", "values")):
-        if part in parts:
-            _check_turnable(layer, name)
     turns = {}
     for part, heads in zip("kv", _what_heads_say(layer, x)):
         groups = heads.unflatten(0, (num_kv_heads, size))
