@@ -382,6 +382,25 @@ def gated(device):
     return layer, layer(tokens(device), is_causal=True)
 
 
+def regrouped(device, options):
+    layer = layer_of(device, **options(device)[0])
+    few, many = mha_book.merge_kv_heads(layer, 1), mha_book.repeat_kv_heads(layer, s.h)
+    context = tokens(device, s.m, 11) if layer.context_proj is not None else None
+    return layer, few, many, [one(tokens(device), context) for one in (few, many)]
+
+
+def aligned(device, options):
+    layer = layer_of(device, **options(device)[0])
+    width = 11 if layer.context_proj is not None else s.e
+    by_rows, by_tokens = (mha_book.align_kv_heads(layer, 1, x) for x in (None, tokens(device, 20, width)))
+    eye = torch.eye(s.d, device=device, dtype=torch.float64).expand(s.g, -1, -1)
+    return layer, by_rows, by_tokens, mha_book.turn_kv_heads(layer, eye, eye)
+
+
+some_layers = {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "context_dim")}
+enter("merge_kv_heads, repeat_kv_heads", regrouped, some_layers)
+enter("align_kv_heads, turn_kv_heads", aligned, some_layers)
+enter("folded_attend", partial(mixed, attend=mha_book.folded_attend), SHARED | DROPOUT)
 CASES |= {
     "GatedAttention": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
