@@ -24,15 +24,20 @@ from .softmax import attention_with_lse, merge_attention
 from .tolerance import error_report, head_statistics
 from .logits import (
     GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss)
+from .positions import (
+    ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions)
 from .rope import RoPE
+from .rope_scaling import LinearScaling, Llama3Scaling, NTKScaling, YaRNScaling
 
 __all__ = [
-    "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
-    "HeadTemperature", "MultiHeadAttention", "RoPE", "SinkAttention", "attention",
-    "attention_weights", "attention_with_lse", "benchmark", "causal_mask",
+    "ALiBi", "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
+    "HeadTemperature", "LearnedPositions", "LinearScaling", "Llama3Scaling",
+    "MultiHeadAttention", "NTKScaling", "RelativeBias", "RoPE", "SinkAttention",
+    "YaRNScaling", "attention", "attention_weights", "attention_with_lse", "benchmark",
+    "causal_mask",
     "convert_layout", "convert_mask", "error_report", "explain_dispatch",
     "fitting_dialects", "from_state_dict", "from_torch", "fused_attend",
     "gradient_report", "guess_dialect", "head_counts", "head_statistics",
     "largest_logits", "merge_attention", "merge_heads", "pad_heads", "peak_bytes",
-    "pick_device", "qk_clip_", "split_heads", "to_torch", "z_loss",
+    "pick_device", "qk_clip_", "sinusoidal_positions", "split_heads", "to_torch", "z_loss",
 ]
