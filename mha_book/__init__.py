@@ -11,8 +11,6 @@ from .single_head import AttentionHead, causal_mask, fused_attend
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
-from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
-from .layouts import from_state_dict, from_torch, to_torch
 from .layouts import (
     Dialect, convert_layout, from_state_dict, from_torch, to_torch)
 from .which_dialect import fitting_dialects, guess_dialect
@@ -26,18 +24,23 @@ from .softmax import attention_with_lse, merge_attention
 from .tolerance import error_report, head_statistics
 from .logits import (
     GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss)
+from .positions import (
+    ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions)
+from .rope import RoPE
+from .rope_scaling import LinearScaling, Llama3Scaling, NTKScaling, YaRNScaling
 from .grouped import (
     align_kv_heads, folded_attend, merge_kv_heads, repeat_kv_heads, turn_kv_heads)
-from .rope import RoPE
 
 __all__ = [
-    "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
-    "HeadTemperature", "MultiHeadAttention", "RoPE", "SinkAttention", "align_kv_heads",
-    "attention", "attention_weights", "attention_with_lse", "benchmark", "causal_mask",
-    "convert_layout", "convert_mask", "error_report", "explain_dispatch",
-    "fitting_dialects", "folded_attend", "from_state_dict", "from_torch",
-    "fused_attend", "gradient_report", "guess_dialect", "head_counts",
-    "head_statistics", "largest_logits", "merge_attention", "merge_heads",
-    "merge_kv_heads", "pad_heads", "peak_bytes", "pick_device", "qk_clip_",
-    "repeat_kv_heads", "split_heads", "to_torch", "turn_kv_heads", "z_loss",
+    "ALiBi", "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
+    "HeadTemperature", "LearnedPositions", "LinearScaling", "Llama3Scaling",
+    "MultiHeadAttention", "NTKScaling", "RelativeBias", "RoPE", "SinkAttention",
+    "YaRNScaling", "align_kv_heads", "attention", "attention_weights",
+    "attention_with_lse", "benchmark", "causal_mask", "convert_layout", "convert_mask",
+    "error_report", "explain_dispatch", "fitting_dialects", "folded_attend",
+    "from_state_dict", "from_torch", "fused_attend", "gradient_report", "guess_dialect",
+    "head_counts", "head_statistics", "largest_logits", "merge_attention",
+    "merge_heads", "merge_kv_heads", "pad_heads", "peak_bytes", "pick_device",
+    "qk_clip_", "repeat_kv_heads", "sinusoidal_positions", "split_heads", "to_torch",
+    "turn_kv_heads", "z_loss",
 ]

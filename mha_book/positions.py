@@ -21,7 +21,7 @@ from .single_head import check_count
 def sinusoidal_positions(
     places: Int[Tensor, "*batch n"],     # where tokens stand; any whole number
     embed_dim: int,                      # width of a token; an even number
-    base: float = 10000.0,               # the larger, the slower the slow waves
+    base: float | int = 10000.0,         # the larger, the slower the slow waves
     *,
     dtype: torch.dtype = torch.float32,  # of angles and result
 ) -> Float[Tensor, "*batch n e"]:        # to be added to the tokens

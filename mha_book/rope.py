@@ -18,8 +18,8 @@ from .single_head import check_count
 
 # %% ../nbs/14_rope.ipynb #frequencies
 def rope_frequencies(
-    rotary_dim: int,        # how many numbers of a head turn: two a pair
-    base: float = 10000.0,  # the larger, the slower the slow pairs
+    rotary_dim: int,              # how many numbers of a head turn: two a pair
+    base: float | int = 10000.0,  # the larger, the slower the slow pairs
     *,
     device: torch.device | str | None = None,  # where the tensor is to live
 ) -> Float[Tensor, "r"]:    # radians a token, float64, the fastest pair first
@@ -61,13 +61,13 @@ class RoPE:
     """
 
     head_dim: int                   # width of a head, d
-    base: float = 10000.0           # handed to `frequencies`
+    base: float | int = 10000.0     # handed to `frequencies`
     _: KW_ONLY
     rotary_dim: int | None = None   # how many numbers turn, the first ones; all unless told
     pairing: str = "half_split"     # or "interleaved": which numbers are a pair
     # (rotary_dim, base) -> radians a token, one a pair
     frequencies: Callable[[int, float], Tensor] = rope_frequencies
-    magnitude: float = 1.0          # factor on what is turned, in q and in k
+    magnitude: float | int = 1.0    # factor on what is turned, in q and in k
     _turns: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):

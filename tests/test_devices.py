@@ -362,7 +362,11 @@ def held(device, options):
 
 
 ROPES = {name: mha_book.RoPE(s.d, **options) for name, options in {
-    "half-split": {}, "interleaved": dict(pairing="interleaved"), "partial": dict(rotary_dim=4)}.items()}
+    "half-split": {}, "interleaved": dict(pairing="interleaved"), "partial": dict(rotary_dim=4),
+    "LinearScaling": dict(frequencies=mha_book.LinearScaling(8)),
+    "NTKScaling": dict(frequencies=mha_book.NTKScaling(8)),
+    "Llama3Scaling": dict(frequencies=mha_book.Llama3Scaling(8, 32)),
+    "YaRNScaling": dict(frequencies=mha_book.YaRNScaling(8, 32))}.items()}
 
 
 def turned(device, options):
@@ -374,6 +378,20 @@ def turned(device, options):
 
 
 enter("RoPE", turned, ROPES)
+enter("RelativeBias, ALiBi", held, dict(
+    learned=mha_book.RelativeBias, fixed=lambda h, *, device, dtype: mha_book.ALiBi(h)))
+
+
+def placed(device, options):
+    "Tokens that stand somewhere, row by row; for `LearnedPositions` and the waves."
+    table = mha_book.LearnedPositions(s.m, s.e, device=device, dtype=torch.float64)
+    offset = torch.zeros(s.b, dtype=torch.int64, device=device) if options else 2
+    y = table(tokens(device), offset=offset)
+    y.sum().backward()
+    return table, y, table.weight.grad, mha_book.sinusoidal_positions(torch.arange(s.n, device=device), s.e)
+
+
+enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mha_book import HeadLayout, causal_mask
+from mha_book import HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask
 from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
 from mha_book.masks import MASK_DIALECTS, convert_mask
+from mha_book.positions import alibi_slopes, relative_buckets
 from mha_book.single_head import attention
 from mha_book.testing import SIZES
 from mha_book.which_dialect import guess_dialect
@@ -211,6 +212,65 @@ def test_the_dialect_of_a_fused_tensor_is_found(case):
     assert all(errors[name] > 0.01 for name in set(errors) - same)
     assert list(errors.values()) == sorted(errors.values())
     assert g == 1 or case.dialect == "conv1d" or len(errors) > len(same)        # and something wrong was tried
+
+
+# Positions of Transformers
+
+
+SCALED = {    # rope_type -> ours, their parameters, and how long the text is
+    "linear": (LinearScaling(8.0), dict(factor=8.0), None),
+    "dynamic": (NTKScaling(5.0), dict(factor=4.0), 4096),    # 4 · 4096 / 2048 - (4 - 1)
+    "yarn": (YaRNScaling(4.0, 2048), dict(factor=4.0, original_max_position_embeddings=2048), None),
+    "llama3": (Llama3Scaling(8.0, 2048), dict(factor=8.0, original_max_position_embeddings=2048, low_freq_factor=1.0,
+                                              high_freq_factor=4.0), None),
+}
+
+
+def llama_config(base, head_dim, **rope):
+    return library("transformers").LlamaConfig(vocab_size=11, **sizes(
+        4 * head_dim, num_attention_heads=4, head_dim=head_dim, max_position_embeddings=2048,
+        rope_parameters={"rope_theta": base} | rope))
+
+
+@pytest.mark.parametrize("base, head_dim", [(10_000.0, 64), (500_000.0, 128), (100.0, 16)])
+@pytest.mark.parametrize("kind", SCALED)
+def test_frequencies_are_theirs(kind, base, head_dim):
+    scaling, parameters, length = SCALED[kind]
+    config = llama_config(base, head_dim, rope_type=kind, **parameters)
+    function = library("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[kind]
+    theirs, magnitude = function(config, torch.device("cpu"), **{} if length is None else dict(seq_len=length))
+    torch.testing.assert_close(scaling(head_dim, base), theirs.double(), rtol=2e-6, atol=0)
+    assert magnitude == pytest.approx(getattr(scaling, "magnitude", 1.0))
+    other = LinearScaling(3.0)(head_dim, base)                          # and another scaling is seen
+    assert not torch.allclose(other, theirs.double(), rtol=1e-3)
+
+
+def test_queries_and_keys_are_turned_as_theirs():
+    llama = library("transformers.models.llama.modeling_llama")
+    yarn, parameters, _ = SCALED["yarn"]
+    config = llama_config(10_000.0, 64, rope_type="yarn", **parameters)
+    q, k, places = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.arange(3, 12).expand(2, -1)
+    theirs = llama.apply_rotary_pos_emb(q, k, *llama.LlamaRotaryEmbedding(config)(q, places))
+    rope = RoPE(64, frequencies=yarn, magnitude=yarn.magnitude)
+    for ours, wanted, wrong in zip(rope(q, k, offset=3), theirs, RoPE(64, pairing="interleaved")(q, k, offset=3)):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+        assert not torch.allclose(wrong, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (16, 40)])
+def test_buckets_are_those_of_t5(num_buckets, max_distance, bidirectional):
+    t5 = library("transformers.models.t5.modeling_t5").T5Attention
+    far = torch.arange(-400, 400)
+    theirs = t5._relative_position_bucket(far, bidirectional=bidirectional, num_buckets=num_buckets,
+                                          max_distance=max_distance)
+    assert torch.equal(relative_buckets(far, num_buckets, max_distance, bidirectional), theirs)
+
+
+@pytest.mark.parametrize("num_heads", [1, 6, 8, 12, 40])
+def test_slopes_are_those_of_mpt(num_heads):
+    theirs = library("transformers.models.mpt.modeling_mpt").build_mpt_alibi_tensor(num_heads, 5)[..., 0]
+    torch.testing.assert_close(-4 * torch.tensor(alibi_slopes(num_heads)), theirs.flatten(), rtol=1e-6, atol=0)
 
 
 # Keras and Flax
