@@ -161,7 +161,7 @@ def _pads(real: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return lead, trail
 
 # %% ../nbs/10_cache.ipynb #room
-def _longest(cache: KVCache, call: _Call) -> int:
+def _longest(cache, call: _Call) -> int:
     "Tokens of the longest row with the call's own, if all were kept."
     if call.ragged:
         return int((cache.held + call.added).max())
@@ -179,7 +179,7 @@ def _write(cache: KVCache, buffer: Tensor, new: Tensor, call: _Call) -> Tensor:
     return buffer.narrow(2, cache.start, cache.end - cache.start + new.shape[2])
 
 # %% ../nbs/10_cache.ipynb #lay-out
-def _lay_out(cache: KVCache, buffer: Tensor, new: Tensor, call: _Call) -> Tensor:
+def _lay_out(cache, buffer: Tensor, new: Tensor, call: _Call) -> Tensor:
     "Old and new tokens in memory of their own; each row's old ones moved up to its new ones."
     old = cache.end - cache.start
     both = torch.cat([buffer.narrow(2, cache.start, old), new], dim=2)
@@ -195,7 +195,7 @@ def _take(t: Tensor, slots: Tensor) -> Tensor:
     return torch.take_along_dim(t, slots[:, None, :, None], dim=2)
 
 # %% ../nbs/10_cache.ipynb #visible
-def _visible(cache: KVCache, call: _Call, n: int, m: int) -> Tensor | None:
+def _visible(cache, call: _Call, n: int, m: int) -> Tensor | None:
     "Which slots each query may look at, or None where all may look at all."
     rolls = cache.window is not None and m > cache.keep_first + cache.window
     if not (rolls or cache.ragged or call.ragged):
@@ -278,7 +278,7 @@ def _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window,
                          f"{keep_first + window} at least, and larger to move them less often")
 
 # %% ../nbs/10_cache.ipynb #check-new
-def _check_new(cache: KVCache, k: Tensor, v: Tensor, real: Tensor | None) -> None:
+def _check_new(cache, k: Tensor, v: Tensor, real: Tensor | None) -> None:
     "What `append` is given."
     b, g, _, d = cache.k.shape
     if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
@@ -306,7 +306,7 @@ def _check_room(cache: KVCache, call: _Call) -> None:
                          f"(max_len=)")
 
 # %% ../nbs/10_cache.ipynb #check-kind
-def _check_kind(cache: KVCache, name: str, new: Tensor, buffer: Tensor) -> None:
+def _check_kind(cache, name: str, new: Tensor, buffer: Tensor) -> None:
     "Keys, or values, beside the memory for them."
     for axis, what in ((0, "batch"), (1, "heads"), (3, "width")):
         if new.shape[axis] != buffer.shape[axis]:
@@ -320,7 +320,7 @@ def _check_kind(cache: KVCache, name: str, new: Tensor, buffer: Tensor) -> None:
                          f"the cache with device={str(new.device)!r}")
 
 # %% ../nbs/10_cache.ipynb #check-rows
-def _check_rows(cache: KVCache, rows: Tensor) -> None:
+def _check_rows(cache, rows: Tensor) -> None:
     "What `reorder` is given."
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows must be an int64 tensor of row numbers, got "
