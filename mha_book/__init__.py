@@ -19,16 +19,19 @@ from .device import benchmark, peak_bytes, pick_device
 from .backends import attention, attention_weights
 from .dispatch import explain_dispatch
 from . import flex as _flex    # enters itself into the registry of `attention`
+from .cache import KVCache
+from .decoding import cache_bytes
+from .paged import BlockPool, PagedCache
 from .softmax import attention_with_lse, merge_attention
 from .tolerance import error_report, head_statistics
 from .logits import (
     GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss)
 
 __all__ = [
-    "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
-    "HeadTemperature", "MultiHeadAttention", "SinkAttention", "attention",
-    "attention_weights", "attention_with_lse", "benchmark", "causal_mask",
-    "convert_layout", "convert_mask", "error_report", "explain_dispatch",
+    "AttentionHead", "BlockPool", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
+    "HeadTemperature", "KVCache", "MultiHeadAttention", "PagedCache", "SinkAttention",
+    "attention", "attention_weights", "attention_with_lse", "benchmark", "cache_bytes",
+    "causal_mask", "convert_layout", "convert_mask", "error_report", "explain_dispatch",
     "fitting_dialects", "from_state_dict", "from_torch", "fused_attend",
     "gradient_report", "guess_dialect", "head_counts", "head_statistics",
     "largest_logits", "merge_attention", "merge_heads", "pad_heads", "peak_bytes",
