@@ -72,18 +72,18 @@ class KVCache:
         New tokens stand last: query i is in slot m - n + i. Where padding comes before a
         row's new tokens, its older ones move up to them. Nothing is kept before `commit`; a
         second `append` replaces the first. Where nothing has to move and no gradient is
-        recorded the result is a view of the cache, good until the next call.
+        recorded the result is a view of the cache, good until `commit`.
         Raises ValueError for shapes and devices that do not fit, for padding between real
         tokens, and where the cache is full; TypeError for dtypes. Then nothing changes.
         """
         _check_new(self, k, v, real)
-        n, pads = k.shape[2], _pads(real)
-        call = _Call(n) if pads is None else _Call(n - sum(pads), *pads)
-        call = call._replace(longest=_longest(self, call))
+        n, (lead, trail) = k.shape[2], _pads(real)
+        added = n - lead - trail
+        call = _Call(added, lead, trail, _longest(self, added))
         _check_room(self, call)
         place = _write if _fits(self, call, n) else _lay_out
         shown = [place(self, buffer, new, call) for buffer, new in ((self.k, k), (self.v, v))]
-        self._call = call._replace(laid_out=None if place is _write else shown)
+        self._call = call if place is _write else call._replace(laid_out=shown)
         return *shown, _visible(self, call, n, shown[0].shape[2])
 
     def commit(self) -> None:
@@ -132,9 +132,9 @@ class _Call(NamedTuple):
     "What an `append` brought, for `commit`. Numbers are of all rows, or a tensor b."
 
     added: int | Tensor                  # real tokens
-    lead: int | Tensor = 0               # padding before them
-    trail: int | Tensor = 0              # padding after them
-    longest: int = 0                     # tokens of the longest row, if all were kept
+    lead: int | Tensor                   # padding before them
+    trail: int | Tensor                  # padding after them
+    longest: int                         # tokens of the longest row, if all were kept
     laid_out: list[Tensor] | None = None  # k and v put together; None: they stand in place
 
     @property
@@ -143,13 +143,13 @@ class _Call(NamedTuple):
         return isinstance(self.added, Tensor)
 
 # %% ../nbs/10_cache.ipynb #pads
-def _pads(real: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Padding before and after the real tokens of each row; None where there is none.
+def _pads(real: Tensor | None) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Padding before and after the real tokens of each row; two zeros where all are real.
 
     Raises ValueError where real tokens of a row do not stand together.
     """
     if real is None or real.all():
-        return None
+        return 0, 0
     lead = (real.cumsum(1) == 0).sum(1)
     trail = real.shape[1] - lead - real.sum(1)
     place = torch.arange(real.shape[1], device=real.device)
@@ -161,11 +161,11 @@ def _pads(real: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return lead, trail
 
 # %% ../nbs/10_cache.ipynb #room
-def _longest(cache, call: _Call) -> int:
-    "Tokens of the longest row with the call's own, if all were kept."
-    if call.ragged:
-        return int((cache.held + call.added).max())
-    return cache.end - cache.start + call.added
+def _longest(cache, added: int | Tensor) -> int:
+    "Tokens of the longest row with the new ones, if all were kept."
+    if isinstance(added, Tensor):
+        return int((cache.held + added).max())
+    return cache.end - cache.start + added
 
 
 def _fits(cache: KVCache, call: _Call, n: int) -> bool:

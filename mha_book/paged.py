@@ -106,10 +106,10 @@ class PagedCache:
         are free.
         """
         _check_new(self, k, v, real)
-        n, pads = k.shape[2], _pads(real)
-        call = _Call(n) if pads is None else _Call(n - sum(pads), *pads)
-        call = call._replace(longest=_longest(self, call))
-        added = call.added.tolist() if call.ragged else [n] * len(self.tables)
+        n, (lead, trail) = k.shape[2], _pads(real)
+        added = n - lead - trail
+        call = _Call(added, lead, trail, _longest(self, added))
+        added = added.tolist() if call.ragged else [n] * len(self.tables)
         _check_blocks(self, added)
         old = _slots(self)
         shown = [_lay_out(self, t[old].transpose(1, 2), new, call)

@@ -472,12 +472,12 @@ FAULTS = {
     "does not shift": ("(slots - lead).clamp(min=0), slots)", "slots, slots)"),
     "padding stays on the right": ("(m - call.trail - count)", "(m - count)"),
     "mask forgets the padding behind": ("first = m - call.trail - count", "first = m - count"),
-    "padding counts as tokens": ("_Call(n - sum(pads), *pads)", "_Call(n + 0 * sum(pads), *pads)"),
+    "padding counts as tokens": ("added = n - lead - trail", "added = n + 0 * lead"),
     "seen not counted": ("self.seen = self.seen + call.added", "self.seen = self.seen + 1"),
     "counted before the call succeeds": ("shown = [place(", "self.seen = self.seen + call.added; shown = [place("),
     "committed at once": ("return *shown, _visible(self, call, n, shown[0].shape[2])",
                           "seen = _visible(self, call, n, shown[0].shape[2]); self.commit(); "
-                          "self._call = _Call(0); return *shown, seen"),
+                          "self._call = _Call(0, 0, 0, 0); return *shown, seen"),
     "drops before it shows": ("buffer.narrow(2, cache.start, old), new]",
                               "buffer.narrow(2, cache.start, old)[:, :, max(0, old + new.shape[2] - cache.most - 1):]"
                               ", new]"),
