@@ -11,6 +11,8 @@ from .single_head import AttentionHead, causal_mask, fused_attend
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
+from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
+from .layouts import from_state_dict, from_torch, to_torch
 from .layouts import (
     Dialect, convert_layout, from_state_dict, from_torch, to_torch)
 from .which_dialect import fitting_dialects, guess_dialect
@@ -20,6 +22,9 @@ from .device import benchmark, peak_bytes, pick_device
 from .backends import attention, attention_weights
 from .dispatch import explain_dispatch
 from . import flex as _flex    # enters itself into the registry of `attention`
+from .cache import KVCache
+from .decoding import cache_bytes
+from .paged import BlockPool, PagedCache
 from .softmax import attention_with_lse, merge_attention
 from .tolerance import error_report, head_statistics
 from .logits import (
@@ -32,15 +37,16 @@ from .grouped import (
     align_kv_heads, folded_attend, merge_kv_heads, repeat_kv_heads, turn_kv_heads)
 
 __all__ = [
-    "ALiBi", "AttentionHead", "Dialect", "GatedAttention", "HeadLayout", "HeadList",
-    "HeadTemperature", "LearnedPositions", "LinearScaling", "Llama3Scaling",
-    "MultiHeadAttention", "NTKScaling", "RelativeBias", "RoPE", "SinkAttention",
-    "YaRNScaling", "align_kv_heads", "attention", "attention_weights",
-    "attention_with_lse", "benchmark", "causal_mask", "convert_layout", "convert_mask",
-    "error_report", "explain_dispatch", "fitting_dialects", "folded_attend",
-    "from_state_dict", "from_torch", "fused_attend", "gradient_report", "guess_dialect",
-    "head_counts", "head_statistics", "largest_logits", "merge_attention",
-    "merge_heads", "merge_kv_heads", "pad_heads", "peak_bytes", "pick_device",
-    "qk_clip_", "repeat_kv_heads", "sinusoidal_positions", "split_heads", "to_torch",
+    "ALiBi", "AttentionHead", "BlockPool", "Dialect", "GatedAttention", "HeadLayout",
+    "HeadList", "HeadTemperature", "KVCache", "LearnedPositions", "LinearScaling",
+    "Llama3Scaling", "MultiHeadAttention", "NTKScaling", "PagedCache", "RelativeBias",
+    "RoPE", "SinkAttention", "YaRNScaling", "align_kv_heads", "attention",
+    "attention_weights", "attention_with_lse", "benchmark", "cache_bytes",
+    "causal_mask", "convert_layout", "convert_mask", "error_report", "explain_dispatch",
+    "fitting_dialects", "folded_attend", "from_state_dict", "from_torch",
+    "fused_attend", "gradient_report", "guess_dialect", "head_counts",
+    "head_statistics", "largest_logits", "merge_attention", "merge_heads",
+    "merge_kv_heads", "pad_heads", "peak_bytes", "pick_device", "qk_clip_",
+    "repeat_kv_heads", "sinusoidal_positions", "split_heads", "to_torch",
     "turn_kv_heads", "z_loss",
 ]

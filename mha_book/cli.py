@@ -33,8 +33,8 @@ from .trials import Trials, run_trials, show_trials
 SIZES = {    # such that all of it takes a CPU a quarter of an hour
     "layers": [[1, 8, 64, 4], [4, 256, 768, 12], [8, 1024, 768, 12]],
     "ways": [[4, 256, 768, 12], [1, 1024, 768, 12]],
-    "backends": [[4, 256, 768, 12]],
-    "compile": [[4, 256, 768, 12]],
+    "backends": [[4, 256, 768, 12]], "compile": [[4, 256, 768, 12]],
+    "decode": [[1, 128, 768, 12], [1, 1024, 768, 12], [1, 4096, 768, 12]],
 }
 LARGE = [8, 1024, 768, 12]    # a GPU takes every suite at this size, too
 QUICK = [[2, 64, 128, 4]]
@@ -215,7 +215,7 @@ def _plan(
     more = [LARGE] if device.type == "cuda" else []
     plan = [(suite, Setting(*size, device, dtype)) for suite in _suites(args, device)
             for size in given or [s for s in SIZES[suite] if s not in more] + more]
-    for _, setting in plan:
+    for setting in [at for suite, at in plan if suite != "decode"]:    # it holds no logits
         _check_memory(setting)
     return device, dtype, plan
 

@@ -45,7 +45,7 @@ def said(capsys, *line):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("fastest", "unknown suite 'fastest'; there are layers, ways, backends, compile"),
+    ("fastest", "unknown suite 'fastest'; there are layers, ways, backends, compile, decode"),
     ("layers --rounds 14", "--rounds 14: quartiles of fewer than 15"),
     ("layers --seed -1", "--seed -1 must be 0 or more"),
     ("layers --quick --sizes 1,8,48,6", "not both"),
@@ -114,6 +114,24 @@ def test_free_memory_that_cannot_be_read_refuses_nothing(monkeypatch):
         cli._check_memory(vast)
     monkeypatch.setattr(cli, "_free_bytes", lambda device: None)
     cli._check_memory(vast)
+
+
+def test_a_decoding_step_holds_no_logits(monkeypatch):
+    at = Setting(1, 512, 48, 6, torch.device("cpu"), torch.float32)
+    steps = next(suites.decode(at)).calls
+    with torch.no_grad():
+        assert all(peak_bytes(call, "cpu") < 6 * 512**2 * 4 for call in steps.values())
+    monkeypatch.setattr(cli, "_free_bytes", lambda device: 2**20)
+    cli._plan(cli._parser().parse_args(["bench", "decode", "--device", "cpu"]))
+    with pytest.raises(ValueError, match="GiB are free"):
+        cli._plan(cli._parser().parse_args(["bench", "layers", "--device", "cpu"]))
+
+
+def test_a_timed_step_can_be_taken_again():
+    for contest in suites.decode(SMALL):
+        for call in contest.calls.values():
+            with torch.no_grad():
+                assert torch.equal(call(), call())
 
 
 def test_weights_need_memory_too(monkeypatch):
@@ -253,7 +271,7 @@ def test_a_busy_machine_is_named_on_screen_and_in_the_file(tmp_path, monkeypatch
 
 
 def test_every_suite_offers_its_contests_and_says_who_is_absent():
-    for name in ("layers", "ways", "backends"):
+    for name in ("layers", "ways", "backends", "decode"):
         for contest in SUITES[name](SMALL):
             with torch.set_grad_enabled(contest.train):
                 results = [call() for call in contest.calls.values()]

@@ -206,7 +206,7 @@ def bits(*shape, device):
 def turn(q, k, *, offset):
     "A position plug as RoPE is: a table of angles, made where the queries are."
     place = torch.arange(q.shape[2], device=q.device)[:, None] + offset
-    angles = (place * 0.1 ** torch.arange(s.d // 2, device=q.device)).repeat(1, 2)
+    angles = torch.cat([place * 0.1 ** torch.arange(s.d // 2, device=q.device)] * 2, dim=-1)
     half = lambda t: torch.cat([-t[..., s.d // 2:], t[..., :s.d // 2]], dim=-1)  # noqa: E731
     return tuple(t * angles.cos() + half(t) * angles.sin() for t in (q, k))
 
@@ -426,6 +426,47 @@ CASES |= {
 }
 
 
+def decoded(device, options, cached, real=None):
+    "A prompt and single tokens, with gradients and without; all that the cache holds."
+    layer = layer_of(device, position=turn_by_row)
+    cache = cached(device, **options)
+    rows = [layer(tokens(device, 3), is_causal=True, cache=cache,
+                  key_padding_mask=None if real is None else torch.tensor(real, device=device))]
+    with torch.no_grad():
+        rows += [layer(tokens(device, n), is_causal=True, cache=cache) for n in (1, 2, 1, 1)]
+    return rows, cache.k, cache.v, cache.seen, layer.attention_map(tokens(device, 2), cache=cache)
+
+
+def turn_by_row(q, k, *, offset):
+    "The plug above, for places that differ by row."
+    assert offset.device == q.device and offset.shape == (s.b,)
+    return turn(q, k, offset=offset[:, None, None, None])
+
+
+def slab(device, **options):
+    return mha_book.KVCache(s.b, s.g, 12, s.d, device=device, dtype=torch.float64, **options)
+
+
+def blocks(device):
+    pool = mha_book.BlockPool(12, 4, s.g, s.d, device=device, dtype=torch.float64)
+    return mha_book.PagedCache(pool, s.b)
+
+
+def reordered(device, cached):
+    cache = cached(device)
+    for rows in ([1, 1, 0], [0, 2]):
+        k, v = torch.randn(2, len(cache.seen), s.g, 3, s.d, device=device, dtype=torch.float64)
+        cache.append(k, v)
+        cache.commit()
+        cache.reorder(torch.tensor(rows, device=device))
+    cache.append(k[:2], v[:2])
+    return cache.k, cache.v, cache.seen
+
+
+enter("KVCache", partial(decoded, cached=slab), {"": {}, "window": dict(window=3),
+                                                  "window, first": dict(window=2, keep_first=2)})
+
+
 def way(device, options):
     layer = NINE_WAYS[options](MultiHeadAttention(48, s.h, device=device))
     return layer, layer(torch.randn(s.b, s.n, 48, device=device))
@@ -480,6 +521,14 @@ def judged(device):
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "error_report": judged,
+    "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
+    "KVCache: padding, window, first": partial(
+        decoded, options=dict(window=2, keep_first=2), cached=slab, real=[[False, False, True], [True, True, False]]),
+    "KVCache: reorder": partial(reordered, cached=slab),
+    "PagedCache, BlockPool": partial(decoded, options={}, cached=blocks),
+    "PagedCache, BlockPool: padding": partial(
+        decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]),
+    "PagedCache, BlockPool: reorder": partial(reordered, cached=blocks),
     "convert_mask": lambda device: [
         convert_mask(bits(s.b, 1, s.n, s.n, device=device), "mha_book", target, (s.b, s.h, s.n, s.n))
         for target in ("sdpa_added", "torch", "keras", "onnx")],
@@ -490,7 +539,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
             layer.state_dict(), layer.layout, x, layer(x)))[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
 }
-WITHOUT_TENSORS = {"Dialect", "HeadLayout", "benchmark", "head_counts", "peak_bytes", "pick_device"}
+WITHOUT_TENSORS = {"Dialect", "HeadLayout", "benchmark", "cache_bytes", "head_counts", "peak_bytes", "pick_device"}
 ALSO_ON_THE_CPU = {
     "AttentionHead", "HeadList",               # take no device: made on the default device, then moved
     "MultiHeadAttention, saved and loaded",    # whose head counts are three integers on the CPU, wherever the layer is

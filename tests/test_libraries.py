@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mha_book import HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask
+from mha_book import (HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask,
+                      suites)
+from mha_book.decoding import MODELS as PUBLISHED
 from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
 from mha_book.masks import MASK_DIALECTS, convert_mask
 from mha_book.positions import alibi_slopes, relative_buckets
@@ -271,6 +273,49 @@ def test_buckets_are_those_of_t5(num_buckets, max_distance, bidirectional):
 def test_slopes_are_those_of_mpt(num_heads):
     theirs = library("transformers.models.mpt.modeling_mpt").build_mpt_alibi_tensor(num_heads, 5)[..., 0]
     torch.testing.assert_close(-4 * torch.tensor(alibi_slopes(num_heads)), theirs.flatten(), rtol=1e-6, atol=0)
+
+
+# What the book says of published models, and their caches
+
+CONFIGS = {
+    "GPT-2": "GPT2Config", "Gemma 2 2B": "Gemma2Config", "Falcon-7B": "FalconConfig", "Llama 2 7B": "LlamaConfig",
+    "Mistral 7B": "MistralConfig", "GPT-NeoX-20B": "GPTNeoXConfig", "gpt-oss-120b": "GptOssConfig",
+    "DeepSeek-V3": "DeepseekV3Config"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_published_model_is_that_of_its_configuration(name):
+    config, model = getattr(library("transformers"), CONFIGS[name])(), PUBLISHED[name]
+    h = config.num_attention_heads
+    g = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or h
+    d = getattr(config, "head_dim", None) or config.hidden_size // h
+    if name == "DeepSeek-V3":    # a latent, and a rotary part, for all heads
+        g, d = 1, config.kv_lora_rank + config.qk_rope_head_dim
+    kinds = getattr(config, "layer_types", None) or []
+    rolling = kinds.count("sliding_attention") if kinds else (
+        config.num_hidden_layers if getattr(config, "sliding_window", None) else 0)
+    assert (model.num_layers, model.layout, model.rolling) == (config.num_hidden_layers, HeadLayout(h, g, d), rolling)
+    assert model.window == (config.sliding_window if rolling else None)
+
+
+def test_the_weights_of_llama_2_are_counted_right():
+    config = library("transformers").LlamaConfig()
+    assert (config.vocab_size, config.intermediate_size, config.hidden_size, config.num_hidden_layers) == (
+        32_000, 11_008, 4096, 32)
+
+
+def test_a_decoding_step_is_that_of_gpt_2_with_its_own_cache():
+    library("transformers")
+    for tokens in 1, 9:
+        contest = next(suites.decode(suites.Setting(2, tokens, 48, 6, torch.device("cpu"), torch.float64)))
+        assert not contest.absent
+        with torch.no_grad():
+            ours, *others = (call() for call in contest.calls.values())
+            assert len(others) == 3
+            for theirs in others:
+                assert_close(theirs, ours)
+            for call in contest.calls.values():                        # and a step can be timed again
+                assert torch.equal(call(), call())
 
 
 # Keras and Flax
