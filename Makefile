@@ -110,6 +110,11 @@ stress: $(READY) ## train a small model until it breaks (half an hour on a CPU),
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book stress --json nbs/measured/stress-yours.json
 
+.PHONY: heads
+heads: $(READY) ## take each head out of a language model (a quarter of an hour on a CPU), for your numbers
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book heads --json nbs/measured/heads-yours.json
+
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)
 	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py

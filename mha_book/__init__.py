@@ -11,8 +11,6 @@ from .single_head import AttentionHead, causal_mask, fused_attend
 from .multi_head import HeadList
 from .weight_split import (
     HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
-from .layouts import Dialect, convert_layout, fitting_dialects, guess_dialect
-from .layouts import from_state_dict, from_torch, to_torch
 from .layouts import (
     Dialect, convert_layout, from_state_dict, from_torch, to_torch)
 from .which_dialect import fitting_dialects, guess_dialect

@@ -300,11 +300,10 @@ def dots(
     "A number a name, from top to bottom, on a logarithmic axis."
     ax = plt.subplots(figsize=(6, 0.8 + 0.3 * len(values)))[1] if ax is None else ax
     for i, (label, names) in enumerate(groups.items()):
-        rows = [row for row, name in enumerate(values) if name in names]
-        ax.plot([[*values.values()][row] for row in rows], rows, MARKERS[i], label=label,
-                color=line_color(i))
-    ax.set(xscale="log", xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
-    ax.set_yticks(range(len(values)), values)
+        ax.plot([values[name] for name in names], [[*values].index(name) for name in names],
+                MARKERS[i], label=label, color=line_color(i))
+    ax.set(xscale="log", xlabel=xlabel, ylim=(len(values) - 0.5, -0.5),
+           yticks=range(len(values)), yticklabels=values)
     ax.legend()
     return ax
 

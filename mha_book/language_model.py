@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cache import KVCache
+from .grouped import folded_attend
 from .layouts import convert_layout
 from .pretrained import _need, check_digest, check_tensors, package_file
 from .rope import RoPE
@@ -127,8 +128,8 @@ class DecoderLayer(nn.Module):
     def __init__(
         self,
         config: LanguageModelConfig,
-        position: Callable,                # the layer's socket for positions
-        attend: Callable | None = None,    # and for the attention itself
+        position: Callable,    # the layer's socket for positions
+        attend: Callable,      # and for the attention itself
     ):
         super().__init__()
         e, f = config.embed_dim, config.hidden_dim
@@ -170,7 +171,7 @@ class LanguageModel(nn.Module):
     def __init__(
         self,
         config: LanguageModelConfig,
-        attend: Callable | None = None,    # the attention plug of every layer
+        attend: Callable = folded_attend,    # the attention plug of every layer
     ):
         super().__init__()
         self.config = config
@@ -283,7 +284,7 @@ def gguf_tokenizer(
 # %% ../nbs/22_language_model.ipynb #load-smollm2
 def load_smollm2(
     device: torch.device | str | None = None,
-    attend: Callable | None = None,    # the attention plug of every layer
+    attend: Callable = folded_attend,    # the attention plug of every layer
 ):                                     # a `LanguageModel`, a `tokenizers.Tokenizer`
     """SmolLM2-135M-Instruct (Ben Allal et al. 2025, arXiv 2502.02737) on our layer, in
     float32, its file checked first.

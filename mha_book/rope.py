@@ -41,12 +41,15 @@ def turn_pairs(
 
     "half_split": pair i is the numbers i and i + r; "interleaved": 2i and 2i + 1.
     """
-    width = 2 * cos.shape[-1]
-    halves, axis = ((2, -1), -2) if pairing == "half_split" else ((-1, 2), -1)
-    first, second = x[..., :width].unflatten(-1, halves).unbind(axis)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis)
-    turned = turned.flatten(-2)
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+    r = cos.shape[-1]
+    if pairing == "half_split":
+        first, second = x[..., :r], x[..., r:2 * r]
+    else:
+        first, second = x[..., 0:2 * r:2], x[..., 1:2 * r:2]
+    pair = first * cos - second * sin, second * cos + first * sin
+    if pairing == "interleaved":
+        pair = [torch.stack(pair, dim=-1).flatten(-2)]
+    return torch.cat([*pair, x[..., 2 * r:]] if 2 * r < x.shape[-1] else pair, dim=-1)
 
 # %% ../nbs/14_rope.ipynb #rope
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class RoPE:
         "Cosines and sines of place · frequency, times the magnitude."
         turns = torch.tensor(self._turns, dtype=dtype, device=places.device)
         angles = places.to(dtype)[..., None] * turns
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.magnitude == 1 else (cos * self.magnitude, sin * self.magnitude)
 
     def __call__(
         self,
@@ -100,17 +104,17 @@ class RoPE:
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g m d"]]:
         "q and k, turned, in float32 at least. Raises ValueError or TypeError for misfits."
         _check_turned(self, q, k, offset)
-        n, m = q.shape[2], k.shape[2]
-        places = torch.arange(min(m - n, 0), m, device=q.device)
-        if isinstance(offset, Tensor):
-            places = places + offset[:, None, None]    # b 1 m: one place for all heads
-        else:
-            places = places + offset
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        tables, longest = self.tables(places, dtype), max(n, m)
-        return tuple(turn_pairs(t.to(dtype), *(table[..., longest - t.shape[2]:, :]
-                                               for table in tables), self.pairing)
-                     for t in (q, k))
+        (h, n), (g, m) = q.shape[1:3], k.shape[1:3]
+        # m places, or b 1 m: one place for all heads of a row
+        start = offset[:, None, None] if isinstance(offset, Tensor) else offset
+        places = torch.arange(min(m - n, 0), m, device=q.device) + start
+        cos, sin = self.tables(places, torch.promote_types(q.dtype, torch.float32))
+        if n == m:    # all heads at once
+            both = torch.cat([q, k], dim=1).to(cos.dtype)
+            return turn_pairs(both, cos, sin, self.pairing).split((h, g), dim=1)
+        own = (slice(max(n, m) - t.shape[2], None) for t in (q, k))
+        return tuple(turn_pairs(t.to(cos.dtype), cos[..., rows, :], sin[..., rows, :],
+                                self.pairing) for t, rows in zip((q, k), own))
 
 # %% ../nbs/14_rope.ipynb #checks
 def _check_rope(rope: RoPE) -> None:

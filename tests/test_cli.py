@@ -12,12 +12,13 @@ import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from mha_book import cli, measured, suites
-from mha_book.cli import LOGITS, main
+from mha_book import cli, measured, suites, what_fits
+from mha_book.cli import main
 from mha_book.device import peak_bytes
 from mha_book.measured import Row, Table, measurements, read_measurement, side_by_side, write_measurement
 from mha_book.nine_ways import NINE_WAYS
 from mha_book.suites import SUITES, Setting, no_compiler
+from mha_book.what_fits import LOGITS
 
 pytestmark = pytest.mark.usefixtures("own_messages")
 SMALL = Setting(2, 16, 48, 6, torch.device("cpu"), torch.float32)
@@ -71,21 +72,21 @@ def test_refused_with_a_reason(capsys, line, reason):
 def test_halves_on_a_cpu_are_refused_where_they_were_measured_slow(monkeypatch, slower, refused, name):
     timing = cli.benchmark({0: lambda: None, 1: lambda: None}, device="cpu", rounds=3, min_seconds=1e-6)[1]
     fake = type(timing)(slower, slower, slower, 1.0, 0)
-    monkeypatch.setattr(cli, "benchmark", lambda calls, **more: {"float32": timing, name: fake})
+    monkeypatch.setattr(what_fits, "benchmark", lambda calls, **more: {"float32": timing, name: fake})
     if refused:
         with pytest.raises(ValueError, match=f"{name}.*3.0 x as long as in float32 .just measured"):
-            cli._dtype(name, torch.device("cpu"))
+            what_fits.chosen_dtype(name, torch.device("cpu"))
     else:
-        assert cli._dtype(name, torch.device("cpu")) == getattr(torch, name)
+        assert what_fits.chosen_dtype(name, torch.device("cpu")) == getattr(torch, name)
 
 
 def test_float64_on_a_gpu_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="do not take it on a GPU"):
-        cli._dtype("float64", torch.device("cuda"))
-    assert cli._dtype("float64", torch.device("cpu")) == torch.float64
+        what_fits.chosen_dtype("float64", torch.device("cuda"))
+    assert what_fits.chosen_dtype("float64", torch.device("cpu")) == torch.float64
     for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):    # older GPUs imitate bfloat16
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: real or including_emulation)
-        assert cli._dtype(None, torch.device("cuda")) == dtype
+        assert what_fits.chosen_dtype(None, torch.device("cuda")) == dtype
 
 
 def test_without_a_compiler_the_suite_is_refused_and_the_rest_is_not(monkeypatch, capsys, quick):
@@ -111,9 +112,9 @@ def test_no_compiler_is_found_out(monkeypatch):
 def test_free_memory_that_cannot_be_read_refuses_nothing(monkeypatch):
     vast = Setting(64, 262144, 768, 12, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="GiB are free"):
-        cli._check_memory(vast)
-    monkeypatch.setattr(cli, "_free_bytes", lambda device: None)
-    cli._check_memory(vast)
+        what_fits.check_memory(vast)
+    monkeypatch.setattr(what_fits, "free_bytes", lambda device: None)
+    what_fits.check_memory(vast)
 
 
 def test_a_decoding_step_holds_no_logits(monkeypatch):
@@ -121,7 +122,7 @@ def test_a_decoding_step_holds_no_logits(monkeypatch):
     steps = next(suites.decode(at)).calls
     with torch.no_grad():
         assert all(peak_bytes(call, "cpu") < 6 * 512**2 * 4 for call in steps.values())
-    monkeypatch.setattr(cli, "_free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(what_fits, "free_bytes", lambda device: 2**20)
     cli._plan(cli._parser().parse_args(["bench", "decode", "--device", "cpu"]))
     with pytest.raises(ValueError, match="GiB are free"):
         cli._plan(cli._parser().parse_args(["bench", "layers", "--device", "cpu"]))
@@ -136,9 +137,9 @@ def test_a_timed_step_can_be_taken_again():
 
 def test_weights_need_memory_too(monkeypatch):
     wide = Setting(1, 2, 4096, 4, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(cli, "_free_bytes", lambda device: 4 * 4 * 4096**2)    # the layer's own
+    monkeypatch.setattr(what_fits, "free_bytes", lambda device: 4 * 4 * 4096**2)    # the layer's own
     with pytest.raises(ValueError, match="GiB are free"):
-        cli._check_memory(wide)
+        what_fits.check_memory(wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -323,7 +324,7 @@ def test_without_a_mask_small_layers_only(size, there):
 
 def test_a_gpu_takes_the_large_size_once(monkeypatch):
     monkeypatch.setattr(cli, "pick_device", lambda name: torch.device(name))
-    monkeypatch.setattr(cli, "_free_bytes", lambda device: None)
+    monkeypatch.setattr(what_fits, "free_bytes", lambda device: None)
     monkeypatch.setattr(cli, "no_compiler", lambda device: "")
     for device, suites_with_it in (("cpu", ["layers"]), ("cuda", list(SUITES))):
         plan = cli._plan(cli._parser().parse_args(["bench", "--device", device]))[2]

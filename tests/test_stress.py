@@ -428,7 +428,7 @@ def test_the_screen_is_told_how_far_it_is(monkeypatch, capsys, fast):
     screen = Screen()
     monkeypatch.setattr(cli.sys, "stderr", screen)
     main(LINE)
-    assert "3 of 8 trained, about 0 min left" in screen.text and screen.text.endswith("\r\033[K")
+    assert "3 of 8 done, about 0 min left" in screen.text and screen.text.endswith("\r\033[K")
 
 
 def test_a_real_run_through_the_command(tmp_path, monkeypatch):
