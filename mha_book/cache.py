@@ -72,7 +72,8 @@ class KVCache:
         New tokens stand last: query i is in slot m - n + i. Where padding comes before a
         row's new tokens, its older ones move up to them. Nothing is kept before `commit`; a
         second `append` replaces the first. Where nothing has to move and no gradient is
-        recorded the result is a view of the cache, good until `commit`.
+        recorded the result is a view of the cache, good until `commit`. `real` is read, which
+        waits for a GPU: leave it out where all tokens are real.
         Raises ValueError for shapes and devices that do not fit, for padding between real
         tokens, and where the cache is full; TypeError for dtypes. Then nothing changes.
         """

@@ -313,8 +313,9 @@ class _Rewound(KVCache):
     "After each step it is where it was, so that the step can be timed again."
 
     def commit(self) -> None:
+        seen = self.seen
         super().commit()
-        self.end, self.seen = self.end - 1, self.seen - 1
+        self.end, self.seen = self.end - 1, seen
 
 
 def _filled(k: Tensor, v: Tensor) -> _Rewound:
