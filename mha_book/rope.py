@@ -44,8 +44,9 @@ def turn_pairs(
     width = 2 * cos.shape[-1]
     halves, axis = ((2, -1), -2) if pairing == "half_split" else ((-1, 2), -1)
     first, second = x[..., :width].unflatten(-1, halves).unbind(axis)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis)
-    turned = turned.flatten(-2)
+    # first · cos - second · sin, and second · cos + first · sin
+    turned = torch.stack([torch.addcmul(first * cos, second, sin, value=-1),
+                          torch.addcmul(second * cos, first, sin)], axis).flatten(-2)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
 
 # %% ../nbs/14_rope.ipynb #rope
