@@ -46,7 +46,9 @@ def turn_pairs(
         first, second = x[..., :r], x[..., r:2 * r]
     else:
         first, second = x[..., 0:2 * r:2], x[..., 1:2 * r:2]
-    pair = first * cos - second * sin, second * cos + first * sin
+    # first · cos - second · sin, and second · cos + first · sin
+    pair = (torch.addcmul(first * cos, second, sin, value=-1),
+            torch.addcmul(second * cos, first, sin))
     if pairing == "interleaved":
         pair = [torch.stack(pair, dim=-1).flatten(-2)]
     return torch.cat([*pair, x[..., 2 * r:]] if 2 * r < x.shape[-1] else pair, dim=-1)
