@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .language_model import LanguageModel, LanguageModelConfig
-from .layouts import convert_layout
+from .layouts import Dialect, convert_layout
 from .suites import SUITES, Contest, Setting
 
 # %% ../nbs/91_suites_language.ipynb #model
@@ -27,6 +27,9 @@ def _model(at: Setting) -> LanguageModel:
     return LanguageModel(config).to(at.device, at.dtype).eval()
 
 # %% ../nbs/91_suites_language.ipynb #llama-state
+_LLAMA = Dialect({part: f"self_attn.{part}_proj" for part in "qkvo"})
+
+
 def llama_state(model: LanguageModel) -> dict[str, Tensor]:
     "The weights of a language model under the names of Transformers' Llama."
     state = {"model.embed_tokens.weight": model.word.weight,
@@ -37,9 +40,8 @@ def llama_state(model: LanguageModel) -> dict[str, Tensor]:
                   "mlp.down_proj.weight": layer.down.weight,
                   "input_layernorm.weight": layer.attention_norm.weight,
                   "post_attention_layernorm.weight": layer.norm.weight}
-        attention = convert_layout(dict(layer.attention.named_parameters()), "stacked",
-                                   "separate", layer.attention.layout)
-        theirs |= {f"self_attn.{name}": rows for name, rows in attention.items()}
+        theirs |= convert_layout(dict(layer.attention.named_parameters()), "stacked", _LLAMA,
+                                 layer.attention.layout)
         state |= {f"model.layers.{i}.{name}": rows for name, rows in theirs.items()}
     return state
 

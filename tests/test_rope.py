@@ -23,6 +23,7 @@ settings.register_profile("book", max_examples=25, deadline=None, derandomize=Tr
 settings.load_profile("book")
 s = SIZES
 close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
+FREQUENCIES = [10_000.0 ** (-2 * i / s.d) for i in range(s.d // 2)]
 PAIRINGS = pytest.mark.parametrize("pairing", ["half_split", "interleaved"])
 
 
@@ -70,8 +71,8 @@ def test_turning_is_multiplying_complex_numbers(pairing, data):
 def test_a_wrong_turn_is_seen():
     rope, x = RoPE(s.d), random(s.b, s.h, s.n, s.d)
     right, places = rope(x, x, offset=0)[0], [range(s.n)] * s.b
-    for wrong in (turned(x, places, [-f for f in rope._turns], "half_split"),
-                  turned(x, places, rope._turns, "interleaved"), turned(x, [range(1, s.n + 1)] * s.b, rope._turns,
+    for wrong in (turned(x, places, [-f for f in FREQUENCIES], "half_split"),
+                  turned(x, places, FREQUENCIES, "interleaved"), turned(x, [range(1, s.n + 1)] * s.b, FREQUENCIES,
                                                                         "half_split")):
         assert not torch.allclose(right, wrong)
 
@@ -149,7 +150,7 @@ def test_gradients_are_turned_back():
     up = random(s.b, s.h, s.n, s.d)
     grad, = torch.autograd.grad(rope(q, q, offset=3)[0], q, up)
     places = [[-(3 + i) for i in range(s.n)]] * s.b
-    close(grad, turned(up, places, rope._turns, "half_split"))
+    close(grad, turned(up, places, rope_frequencies(4, 10000.0).tolist(), "half_split"))
 
 
 @pytest.mark.usefixtures("own_messages")    # the checker of shapes does not compile
@@ -183,8 +184,8 @@ def test_inputs_are_left_as_they_are():
 
 def test_turn_pairs_takes_any_places():
     x, places = random(s.b, s.h, s.n, s.d), torch.tensor([5, 0, 7, -3, 2])
-    cos, sin = RoPE(s.d).tables(places, torch.float64)
-    close(turn_pairs(x, cos, sin), turned(x, [places.tolist()] * s.b, RoPE(s.d)._turns, "half_split"))
+    angles = RoPE(s.d).angles(places, torch.float64)
+    close(turn_pairs(x, angles), turned(x, [places.tolist()] * s.b, FREQUENCIES, "half_split"))
 
 
 # Scalings
