@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'SMOLLM2_SHA256', 'HAMLET', 'LanguageModelConfig', 'read_gguf', 'gguf_tensors', 'load_gguf', 'DecoderLayer',
-           'LanguageModel', 'convert_llama', 'gguf_tokenizer', 'load_smollm2', 'greedy', 'generate', 'stream_text',
-           'chat_prompt', 'surprise', 'token_losses', 'hamlet']
+           'LanguageModel', 'convert_llama', 'gguf_tokenizer', 'load_smollm2', 'generate', 'stream_text', 'chat_prompt',
+           'surprise', 'token_losses', 'hamlet']
 
 # %% ../nbs/22_language_model.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -303,13 +304,6 @@ def load_smollm2(
     return model.to(device).eval(), gguf_tokenizer(fields)
 
 # %% ../nbs/22_language_model.ipynb #generate
-def greedy(
-    logits: Float[Tensor, "b vocab"],
-) -> Int[Tensor, "b"]:
-    "The token of the highest score in each row."
-    return logits.argmax(dim=-1)
-
-# %% ../nbs/22_language_model.ipynb #generate-code
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -318,7 +312,8 @@ def generate(
     *,
     real: Bool[Tensor, "b n"] | None = None,  # True = a real token
     stop: int | None = None,                  # end when each row has said this token
-    choose: Callable = greedy,                # scores, b vocab -> tokens, b
+    # scores, b vocab -> tokens, b; the highest score unless told
+    choose: Callable = partial(torch.argmax, dim=-1),
 ) -> Iterator[Int[Tensor, "b"]]:              # one token per row after another
     """Continue each row: the prompt in one call, then a token a call, with a cache.
 
@@ -373,22 +368,27 @@ def chat_prompt(
     turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>"
     return f"{turns}\n<|im_start|>assistant\n"
 
-# %% ../nbs/22_language_model.ipynb #perplexity
+# %% ../nbs/22_language_model.ipynb #surprise
 def surprise(
-    scores: Float[Tensor, "b _ vocab"],   # of the next token, after all but the last one
+    model: LanguageModel,
+    states: Float[Tensor, "b n e"],   # what `LanguageModel.states` gave
     ids: Int[Tensor, "b n"],
-) -> Float[Tensor, "b _"]:                # of all tokens but the first
-    "-log of the probability that the scores gave to each token, in nats."
-    losses = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.unflatten(0, (len(ids), -1))
+) -> Float[Tensor, "b _"]:            # of all tokens but the first
+    "-log of the probability that the model gave to each token, in nats."
+    # 128 tokens at a time: of all of them the scores would be the largest tensor there is
+    asked = states[:, :-1].flatten(0, 1).split(128)
+    came = ids[:, 1:].flatten().split(128)
+    losses = [F.cross_entropy(model.logits(part), tokens, reduction="none")
+              for part, tokens in zip(asked, came)]
+    return torch.cat(losses).unflatten(0, (len(ids), -1))
 
 # %% ../nbs/22_language_model.ipynb #token-losses
 def token_losses(
     model: LanguageModel,
     ids: Int[Tensor, "b n"],
 ) -> Float[Tensor, "b _"]:    # of all tokens but the first
-    "How surprised the model is by each token, in nats."
-    return surprise(model(ids[:, :-1]), ids)
+    "How surprised the model is by each token of a text, in nats."
+    return surprise(model, model.states(ids), ids)
 
 # %% ../nbs/22_language_model.ipynb #hamlet-code
 HAMLET = "shakespeare", "0.6", "hamlet_gut.txt"

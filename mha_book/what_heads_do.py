@@ -67,8 +67,7 @@ def ablation_losses(
             rows = _each_without_a_head(layer, x)
             for later in model.layers[i + 1:]:
                 rows = later(rows)
-            scores = model.logits(model.norm(rows[:, :-1]))
-            losses.append(surprise(scores, ids.expand(len(rows), -1)))
+            losses.append(surprise(model, model.norm(rows), ids.expand(len(rows), -1)))
             if progress is not None:
                 progress(len(losses), len(chosen))
         x = layer(x)
