@@ -234,9 +234,10 @@ def _cpu_peak(call: Callable[[], object]) -> int:
     profiler = torch.profiler.profile(activities=cpu, profile_memory=True)
     with _quiet_stderr():
         profiler.start()
-        try:
-            call()
-        finally:
+    try:
+        call()
+    finally:
+        with _quiet_stderr():
             profiler.stop()
     held, now, peak = {}, 0, 0
     events = profiler.profiler.kineto_results.experimental_event_tree()
