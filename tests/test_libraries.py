@@ -12,11 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from mha_book import (HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask,
-                      suites)
+                      suites, suites_language)
 from mha_book.decoding import MODELS as PUBLISHED
+from mha_book.language_model import LanguageModel, LanguageModelConfig, generate, hamlet, load_smollm2
 from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
 from mha_book.masks import MASK_DIALECTS, convert_mask
 from mha_book.positions import alibi_slopes, relative_buckets
+from mha_book.pretrained import encode
 from mha_book.single_head import attention
 from mha_book.testing import SIZES
 from mha_book.which_dialect import guess_dialect
@@ -316,6 +318,33 @@ def test_a_decoding_step_is_that_of_gpt_2_with_its_own_cache():
                 assert_close(theirs, ours)
             for call in contest.calls.values():                        # and a step can be timed again
                 assert torch.equal(call(), call())
+
+
+@pytest.mark.parametrize("groups", [6, 3, 1])
+def test_a_language_model_is_their_llama(groups):
+    library("transformers")
+    config = LanguageModelConfig(vocab_size=23, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=groups, head_dim=8,
+                                 hidden_dim=14, max_len=40, rope_base=100.0, eps=1e-5)
+    model = LanguageModel(config)
+    fill(model.parameters())
+    theirs, ids = suites_language.llama(model.eval()), torch.randint(23, (2, 9))
+    with torch.no_grad():
+        wanted, got = theirs(ids).logits, model(ids)
+        error = (got - wanted).abs().max() / wanted.abs().max()
+        model.layers[1].attention.position = RoPE(8, 99.0)
+        assert error < 1e-5 < (model(ids) - wanted).abs().max() / wanted.abs().max()    # their angles are float32
+
+
+def test_smollm2_is_their_llama_and_says_the_same():
+    library("transformers")
+    model, tokenizer = load_smollm2()
+    theirs, (ids, _) = suites_language.llama(model), encode(tokenizer, [hamlet("To be, or not to be")[:300]])
+    with torch.no_grad():
+        wanted, got = theirs(ids).logits, model(ids)
+    assert (got - wanted).abs().max() < 5e-4 and wanted.abs().max() > 10
+    said = torch.stack([*generate(model, ids[:, :9], 12)], dim=1)
+    answered = theirs.generate(ids[:, :9], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=2)
+    assert torch.equal(answered[:, 9:], said)
 
 
 # Keras and Flax
