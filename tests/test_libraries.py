@@ -323,8 +323,8 @@ def test_a_decoding_step_is_that_of_gpt_2_with_its_own_cache():
 @pytest.mark.parametrize("groups", [6, 3, 1])
 def test_a_language_model_is_their_llama(groups):
     library("transformers")
-    config = LanguageModelConfig(vocab_size=23, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=groups, head_dim=8,
-                                 hidden_dim=14, max_len=40, rope_base=100.0, eps=1e-5)
+    config = LanguageModelConfig(vocab_size=23, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=groups,
+                                 head_dim=8, hidden_dim=14, max_len=40, rope_base=100.0, eps=1e-5)
     model = LanguageModel(config)
     fill(model.parameters())
     theirs, ids = suites_language.llama(model.eval()), torch.randint(23, (2, 9))
