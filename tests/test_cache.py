@@ -16,7 +16,11 @@ from torch import nn
 import mha_book.cache
 from mha_book.backends import attention
 from mha_book.cache import KVCache
+from mha_book.grouped import folded_attend
 from mha_book.logits import SinkAttention
+from mha_book.positions import ALiBi, RelativeBias
+from mha_book.rope import RoPE
+from mha_book.rope_scaling import NTKScaling, YaRNScaling
 from mha_book.testing import SIZES
 from mha_book.weight_split import MultiHeadAttention
 
@@ -29,41 +33,31 @@ close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
 
 # --- position schemes, and what `attend` may be: one line each ------------------------------------------------------
 
-def rotate(q, k, *, offset):
-    "Rotary positions, halves paired; the offset may differ by row."
-    start = torch.as_tensor(offset).reshape(-1, 1, 1)
-    angles = (start + torch.arange(q.shape[2])[:, None]).double() * 0.3 ** torch.arange(s.d // 2)
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-
-    def turned(t):
-        a, b = t.chunk(2, dim=-1)
-        z = torch.complex(a, b) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
-    return turned(q), turned(k)
-
-
-def with_distances(q, k, v, *, mask, bias, is_causal, dropout_p):
-    "A bias of the distance between slots, as ALiBi's: aligned at the end, it needs no offset."
-    n, m = q.shape[2], k.shape[2]
-    distance = (torch.arange(n)[:, None] + m - n - torch.arange(m)).double()
-    slopes = 0.5 ** torch.arange(1, q.shape[1] + 1).double()
-    return attention(q, k, v, mask=mask, bias=-slopes[:, None, None] * distance, is_causal=is_causal)
-
-
 def sinks():
     plug = SinkAttention(s.h, **float64)
     nn.init.normal_(plug.sinks)
     return plug
 
 
-POSITIONS = {"no position": None, "rotary": rotate}
+def buckets():
+    plug = RelativeBias(s.h, num_buckets=6, max_distance=5, bidirectional=False, **float64)
+    nn.init.normal_(plug.weight)
+    return plug
+
+
+ROPE = partial(RoPE, s.d, 30.0)
+POSITIONS = {"no position": None, "RoPE": ROPE(), "RoPE, neighbours": ROPE(pairing="interleaved"),
+             "RoPE in part": ROPE(rotary_dim=4), "RoPE, NTK-aware": ROPE(frequencies=NTKScaling(4)),
+             "RoPE, YaRN": ROPE(frequencies=YaRNScaling(4, 8, fast_turns=4), magnitude=1.1)}
 ATTENDS = {
     "fused": lambda: None,
     "math": lambda: partial(attention, impl="math"),
     "window": lambda: partial(attention, window=3),
     "softcap": lambda: partial(attention, softcap=1.5),
     "sinks": sinks,
-    "distances": lambda: with_distances,
+    "folded": lambda: folded_attend,
+    "ALiBi": lambda: ALiBi(s.h),
+    "T5's buckets": buckets,
 }
 ROLLING = {"keeps all": {}, "rolls": dict(window=3), "rolls, first 2 stay": dict(window=2, keep_first=2),
            "window 1": dict(window=1, keep_first=1)}
@@ -152,9 +146,11 @@ def assert_same(layer, cut, cache, **rolling):
     assert cache.seen.tolist() == [len(row) for row in rows]
 
 
-GRID = [(position, attend, rolling) for position in POSITIONS for attend in ATTENDS for rolling in ROLLING
-        # a window of its own, or a bias by slots, takes first tokens that stay for as near, or as far, as they stand
-        if not (attend in ("window", "distances") and "keep_first" in ROLLING[rolling])]
+# a window of its own, or a bias by slots, takes first tokens that stay for as near, or as far, as they stand
+BY_SLOT = "window", "ALiBi", "T5's buckets"
+PAIRS = [("RoPE", attend) for attend in ATTENDS] + [(position, "fused") for position in POSITIONS if position != "RoPE"]
+GRID = [(position, attend, rolling) for position, attend in PAIRS for rolling in ROLLING
+        if not (attend in BY_SLOT and "keep_first" in ROLLING[rolling])]
 
 
 @pytest.mark.parametrize("position, attend, rolling", GRID)
@@ -179,7 +175,7 @@ CUTS = {"one by one": ONE_BY_ONE, "at once": [Piece(9, ((0, 9),) * s.b)],
 @torch.no_grad()
 def named_cut(cut, rolling, g=s.g, kind=KVCache, spare=1):
     cache = cache_for(s.b, slack(ROLLING[rolling], spare), g=g, kind=kind, **ROLLING[rolling])
-    assert_same(build(rotate, g=g, qk_norm=nn.RMSNorm), CUTS[cut], cache, **ROLLING[rolling])
+    assert_same(build(ROPE(), g=g, qk_norm=nn.RMSNorm), CUTS[cut], cache, **ROLLING[rolling])
 
 
 @pytest.mark.parametrize("g", [1, s.g, s.h])
@@ -190,7 +186,7 @@ def test_named_cuts_with_heads_in_groups(cut, rolling, g):
 
 
 def test_a_mask_and_a_bias_of_the_call_hold_beside_the_cache():
-    layer, x = build(rotate), torch.randn(s.b, 9, s.e, **float64)
+    layer, x = build(ROPE()), torch.randn(s.b, 9, s.e, **float64)
     mask, bias = torch.rand(s.b, s.h, 9, 9) < 0.6, torch.randn(s.h, 9, 9, **float64)
     with torch.no_grad():
         whole = layer(x, mask=mask, bias=bias, is_causal=True)
@@ -209,7 +205,7 @@ RAGGED = torch.tensor([[True, True, True, True], [False, True, True, False]])
 
 def started(kind=KVCache, rolling="keeps all", max_len=12, **layer_options):
     "A layer, a cache that has taken a padded prompt, and the prompt."
-    layer, x = build(rotate, **layer_options), torch.randn(s.b, 4, s.e, **float64)
+    layer, x = build(ROPE(), **layer_options), torch.randn(s.b, 4, s.e, **float64)
     cache = cache_for(s.b, max_len, kind=kind, **ROLLING[rolling])
     layer(x, key_padding_mask=RAGGED, is_causal=True, cache=cache)
     return layer, cache, x
@@ -346,7 +342,7 @@ def test_numbers_are_kept_as_they_came(dtype):
 
 @pytest.mark.parametrize("rolling", ROLLING)
 def test_gradients_are_those_of_a_constant_past(rolling):
-    layer, x = build(rotate).requires_grad_(True), torch.randn(s.b, 9, s.e, **float64)
+    layer, x = build(ROPE()).requires_grad_(True), torch.randn(s.b, 9, s.e, **float64)
     cache = cache_for(s.b, 12, **ROLLING[rolling])
     layer(x[:, :5], is_causal=True, cache=cache)
     new = x[:, 5:].clone().requires_grad_()
@@ -365,13 +361,13 @@ def test_gradients_are_those_of_a_constant_past(rolling):
 
 def test_a_graph_survives_later_calls():
     "What a call read may not be overwritten before its backward pass."
-    layer, cache = build(rotate).requires_grad_(True), cache_for(s.b, 4, window=2)
+    layer, cache = build(ROPE()).requires_grad_(True), cache_for(s.b, 4, window=2)
     losses = [layer(torch.randn(s.b, 1, s.e, **float64), cache=cache).square().sum() for _ in range(9)]
     sum(losses).backward()
 
 
 def test_what_was_made_in_inference_mode_works_outside_and_back():
-    layer, x = build(rotate), torch.randn(s.b, 6, s.e, **float64)
+    layer, x = build(ROPE()), torch.randn(s.b, 6, s.e, **float64)
     whole = layer(x, is_causal=True)
     with torch.inference_mode():
         cache = cache_for(s.b, 8)
@@ -452,7 +448,7 @@ def check_all(kind):
         REFUSED["full"][0](cache_for(s.b, 8, kind=kind))
     with torch.enable_grad():
         cache = cache_for(s.b, 40, kind=kind)
-        assert_same(build(rotate), CUTS["uneven"], cache)
+        assert_same(build(ROPE()), CUTS["uneven"], cache)
 
 
 FAULTS = {
