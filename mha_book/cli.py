@@ -25,7 +25,8 @@ from .measured import (OTHERS, Row, Table, is_busy, memory, provenance,
                                write_measurement)
 from .roofline import Machine, measure_machine
 from .stress import TREATMENTS, Run, Training
-from .language_model import HAMLET, SMOLLM2, load_smollm2
+from .language_model import SMOLLM2, load_smollm2
+from .one_wrong_line import HAMLET
 from .pretrained import package_file
 from .removed_heads import Ablations, run_ablations, show_ablations
 from .suites import Contest, Setting, no_compiler

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .device import _alone
-from .language_model import LanguageModel, hamlet, token_losses
+from .language_model import LanguageModel
 from .measured import Origin, provenance, read_file
+from .one_wrong_line import hamlet, token_losses
 from .what_heads_do import ablation_losses
 
 # %% ../nbs/91_removed_heads.ipynb #ablations

@@ -86,9 +86,8 @@ class RoPE:
     _turns: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        width = self.head_dim if self.rotary_dim is None else self.rotary_dim
-        object.__setattr__(self, "rotary_dim", width)
         _check_rope(self)
+        width = self.head_dim if self.rotary_dim is None else self.rotary_dim
         with torch.device("cpu"):    # Python's numbers from here on, on no device
             turns = self.frequencies(width, self.base)
         if turns.shape != (width // 2,) or not turns.isfinite().all():
@@ -119,7 +118,8 @@ class RoPE:
         # m places, or b 1 m: one place for all heads of a row
         start = offset[:, None, None] if isinstance(offset, Tensor) else offset
         places = torch.arange(min(m - n, 0), m, device=q.device) + start
-        angles = self.angles(places, torch.promote_types(q.dtype, torch.float32))
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+        angles = self.angles(places, dtype)
         if n == m:    # all heads at once
             return self._turn(torch.cat([q, k], dim=1), angles).split((h, g), dim=1)
         return self._turn(q, angles[..., max(m - n, 0):, :]), self._turn(
@@ -131,10 +131,11 @@ class RoPE:
 # %% ../nbs/14_rope.ipynb #checks
 def _check_rope(rope: RoPE) -> None:
     "The constructor's arguments."
-    for name in "head_dim", "rotary_dim":
-        check_count(name, getattr(rope, name))
-    if rope.rotary_dim % 2 or rope.rotary_dim > rope.head_dim:
-        raise ValueError(f"rotary_dim {rope.rotary_dim} must be even and at most head_dim "
+    width = rope.head_dim if rope.rotary_dim is None else rope.rotary_dim
+    check_count("head_dim", rope.head_dim)
+    check_count("rotary_dim", width)
+    if width % 2 or width > rope.head_dim:
+        raise ValueError(f"rotary_dim {width} must be even and at most head_dim "
                          f"{rope.head_dim}: numbers turn in pairs; rotary_dim= may be less")
     if rope.pairing not in ("half_split", "interleaved"):
         raise ValueError(f"pairing {rope.pairing!r} is none of 'half_split', 'interleaved'")

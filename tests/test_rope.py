@@ -58,7 +58,7 @@ def test_turning_is_multiplying_complex_numbers(pairing, data):
     starts = data.draw(st.lists(st.integers(-9, 50), min_size=2, max_size=2))
     offset = torch.tensor(starts) if data.draw(st.booleans()) else starts[0]
     starts = starts if isinstance(offset, torch.Tensor) else [offset] * 2
-    magnitude = data.draw(st.sampled_from([1.0, 1.3]))
+    magnitude = data.draw(st.sampled_from([1.0, 1.3, 0.7]))
     rope = RoPE(d, base, rotary_dim=width, pairing=pairing, magnitude=magnitude)
     q, k = random(2, 3, n, d), random(2, 1, m, d)
     frequencies = [base ** (-2 * i / width) for i in range(width // 2)]
@@ -168,7 +168,7 @@ def test_it_is_a_value():
     for twin in copy.deepcopy(rope), pickle.loads(pickle.dumps(rope)), replace(rope):
         assert twin == rope and hash(twin) == hash(rope) and twin._turns == rope._turns
     assert replace(rope, base=7.0) != rope != replace(rope, frequencies=NTKScaling(2))
-    assert RoPE(s.d).rotary_dim == s.d and "_turns" not in repr(rope)
+    assert replace(RoPE(s.d), head_dim=2 * s.d) == RoPE(2 * s.d) and "_turns" not in repr(rope)
     with pytest.raises(FrozenInstanceError):
         rope.base = 3.0
     with torch.device("meta"):    # a model that is built without memory has its positions all the same
