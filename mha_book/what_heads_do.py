@@ -33,7 +33,7 @@ def head_maps(
 def weight_at(
     maps: Float[Tensor, "*heads n n"],
     distance: int,                       # how many tokens back; 0 is the token itself
-) -> Float[Tensor, "*heads"]:            # {eq}`eq-heads-distance`, between 0 and 1
+) -> Float[Tensor, "*heads"]:            # s of the equation, between 0 and 1
     """How much weight a query gives to the key at this distance, on average.
 
     Raises ValueError where no query has such a key.
