@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from mha_book import (HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask,
                       suites, suites_language)
 from mha_book.decoding import MODELS as PUBLISHED
-from mha_book.language_model import LanguageModel, LanguageModelConfig, generate, hamlet, load_smollm2
+from mha_book.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
 from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
 from mha_book.masks import MASK_DIALECTS, convert_mask
+from mha_book.one_wrong_line import hamlet
 from mha_book.positions import alibi_slopes, relative_buckets
 from mha_book.pretrained import encode
 from mha_book.single_head import attention

@@ -19,7 +19,7 @@ from test_cache import (
     float64,
     new,
     pieces,
-    rotate,
+    ROPE,
     s,
     texts,
 )
@@ -62,7 +62,7 @@ def test_any_cut_gives_what_each_row_gives_alone(position, attend, data):
 @torch.no_grad()
 def check_beside_the_slab(cached=PagedCache, pools=BlockPool):
     for cut in CUTS.values():
-        pool, layer = pool_of(pools=pools), build(rotate)
+        pool, layer = pool_of(pools=pools), build(ROPE())
         cache = cached(pool, s.b)
         assert_same(layer, cut, cache)
         assert_no_block_is_lost(pool, cache)
@@ -76,7 +76,7 @@ def check_forks(cached=PagedCache, pools=BlockPool, seed=0):
     "Rows that share, split, die and go on, beside a slab that copies."
     generator = torch.Generator().manual_seed(seed)
     for block_size in 1, 3, 4:
-        pool, layer = pool_of(200, block_size, pools), build(rotate)
+        pool, layer = pool_of(200, block_size, pools), build(ROPE())
         cache, slab = cached(pool, s.b), KVCache(s.b, s.g, 60, s.d, **float64)
         for step in range(14):
             rows, width = len(cache.tables), int(torch.randint(1, 5, (), generator=generator))
@@ -95,7 +95,7 @@ def check_forks(cached=PagedCache, pools=BlockPool, seed=0):
 
 def check_one_pool_for_many(cached=PagedCache, pools=BlockPool):
     "Caches of one pool do not see each other, and what one gives back another may have."
-    layer, pool, x = build(rotate), pool_of(8, 3, pools), torch.randn(1, 7, s.e, **float64)
+    layer, pool, x = build(ROPE()), pool_of(8, 3, pools), torch.randn(1, 7, s.e, **float64)
     with torch.no_grad():
         whole = layer(x, is_causal=True)
         caches = [cached(pool, 1) for _ in range(2)]
@@ -136,7 +136,7 @@ def check_only_what_is_needed(cached=PagedCache, pools=BlockPool):
 @torch.no_grad()
 def check_failures(cached=PagedCache, pools=BlockPool):
     pool = pool_of(14, 3, pools)
-    cache, layer, x = cached(pool, s.b), build(rotate), torch.randn(s.b, 4, s.e, **float64)
+    cache, layer, x = cached(pool, s.b), build(ROPE()), torch.randn(s.b, 4, s.e, **float64)
     layer(x, is_causal=True, cache=cache)
     twin = copy.deepcopy(cache)
     fails = failing(layer, cache)
@@ -182,7 +182,7 @@ def test_forks_of_other_seeds(seed):
 
 
 def test_gradients_are_those_of_the_slab():
-    layer, x = build(rotate).requires_grad_(True), torch.randn(s.b, 6, s.e, **float64)
+    layer, x = build(ROPE()).requires_grad_(True), torch.randn(s.b, 6, s.e, **float64)
     found = []
     for cache in PagedCache(pool_of(), s.b), KVCache(s.b, s.g, 9, s.d, **float64):
         layer.zero_grad()
