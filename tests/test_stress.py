@@ -562,4 +562,4 @@ def test_the_books_own_file_is_whole_small_and_of_these_treatments():
     assert not re.search(r"/(home|root|tmp)", file.read_text())
     assert data.treatments == {name: one.what for name, one in TREATMENTS.items()}
     assert measured.measurements(file.parent).keys() == {"cpu"} | {p.stem for p in file.parent.glob("*.json")
-                                                                    if not p.stem.startswith("stress")}
+                                                                    if not p.stem.startswith(measured.OTHERS)}
