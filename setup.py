@@ -1,4 +1,5 @@
 """Hands the metadata in settings.ini to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -34,11 +35,13 @@ def urls(values: dict[str, str]) -> dict[str, str]:
 def classifiers(values: dict[str, str]) -> list[str]:
     "Trove classifiers that the settings decide."
     stages = ["Planning", "Pre-Alpha", "Alpha", "Beta", "Production/Stable", "Mature", "Inactive"]
-    return [f"Development Status :: {values['status']} - {stages[int(values['status']) - 1]}",
-            f"Intended Audience :: {values['audience']}",
-            f"Natural Language :: {values['language']}",
-            "Programming Language :: Python :: 3",
-            "Topic :: Scientific/Engineering :: Artificial Intelligence"]
+    return [
+        f"Development Status :: {values['status']} - {stages[int(values['status']) - 1]}",
+        f"Intended Audience :: {values['audience']}",
+        f"Natural Language :: {values['language']}",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ]
 
 
 VALUES = settings()
@@ -54,6 +57,8 @@ setup(
     python_requires=f">={VALUES['min_python']}",
     install_requires=lines(VALUES["requirements"]),
     extras_require=extras(VALUES),
-    entry_points={"console_scripts": lines(VALUES.get("console_scripts", "")),
-                  "nbdev": [f"{VALUES['lib_path']}={VALUES['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": lines(VALUES.get("console_scripts", "")),
+        "nbdev": [f"{VALUES['lib_path']}={VALUES['lib_path']}._modidx:d"],
+    },
 )

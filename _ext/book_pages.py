@@ -1,4 +1,5 @@
 """What the book's pages know of themselves: the chapter's number before its title, and the list of stamps."""
+
 from __future__ import annotations
 
 import html
@@ -7,10 +8,16 @@ import re
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-CHAPTER = re.compile(r"^(\d\d)_")
+CHAPTER = re.compile(r"^(\d\d)([a-z]?)_")
 STAMP_VALUE = re.compile(r'data-(\w+)="([^"]*)"')
-COLUMNS = {"seconds": "Seconds", "date": "Run on (UTC)", "device": "Device", "threads": "Threads",
-           "torch": "torch", "python": "Python"}
+COLUMNS = {
+    "seconds": "Seconds",
+    "date": "Run on (UTC)",
+    "device": "Device",
+    "threads": "Threads",
+    "torch": "torch",
+    "python": "Python",
+}
 
 
 class stamp_list(nodes.General, nodes.Element):
@@ -25,14 +32,12 @@ class StampList(SphinxDirective):
 
 
 def number_chapter(app, doctree) -> None:
-    """Put the number of NN_name.ipynb before the page's title; pages that share a number have letters, 4a and 4b.
+    """Put the number of NN_name.ipynb before the page's title, and the letter of NNa_name.ipynb after the number.
     Parts below 90 are chapters; the rest are helpers."""
     match = CHAPTER.match(app.env.docname)
     title = next(doctree.findall(nodes.title), None)
     if match and int(match[1]) < 90 and title is not None:
-        pages = sorted(name for name in app.env.found_docs if name.startswith(match[0]))
-        letter = "abcdefgh"[pages.index(app.env.docname)] if len(pages) > 1 else ""
-        title.insert(0, nodes.Text(f"{int(match[1])}{letter}. "))
+        title.insert(0, nodes.Text(f"{int(match[1])}{match[2]}. "))
 
 
 def collect_stamp(app, doctree) -> None:
@@ -53,6 +58,7 @@ def link(app, source: str, target: str) -> nodes.paragraph:
 
 def table(head: list[str], rows: list[list[nodes.paragraph]]) -> nodes.table:
     "A docutils table of these cells."
+
     def row(cells):
         return nodes.row("", *[nodes.entry("", cell) for cell in cells])
 

@@ -3,6 +3,7 @@
 `read_nb` replaces the book's reader of .ipynb files. Execution, cache and page all see the notebook that it returns:
 directives turned into what the book understands, and the page's stamp added. The file on disk stays as it is.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -56,6 +57,7 @@ def skip_flags() -> set[str]:
 
 def cell_tags(found: dict[str, str], body: str, flags: set[str]) -> list[str]:
     "The book's tags for a cell with these directives."
+
     def says(key, *values):
         return key in found and found[key].lower() in values
 

@@ -1,9 +1,10 @@
 """The stamp under every executed page: where, when and how long it ran. Imported by the page's own kernel."""
+
 import html
 import platform
 import subprocess
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 _started = 0.0
@@ -28,19 +29,21 @@ def cpu_name() -> str:
 def device_name() -> str:
     "The GPU that the page had, or else the CPU."
     import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cpu_name()}"
 
 
 def values() -> dict[str, str]:
     "What the stamp says, by name."
     import torch
+
     seconds = time.perf_counter() - _started
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "seconds": f"{seconds:.1f}",
     }
 
@@ -50,11 +53,14 @@ def markup(stamp: dict[str, str]) -> str:
     stamp = {key: html.escape(value) for key, value in stamp.items()}
     data = " ".join(f'data-{key}="{value}"' for key, value in stamp.items())
     threads = "1 thread" if stamp["threads"] == "1" else f"{stamp['threads']} threads"
-    return (f'<div class="stamp" {data}>This page ran in {stamp["seconds"]} s on {stamp["date"]}: '
-            f'{stamp["device"]}, {threads}, torch {stamp["torch"]}, Python {stamp["python"]}.</div>')
+    return (
+        f'<div class="stamp" {data}>This page ran in {stamp["seconds"]} s on {stamp["date"]}: '
+        f"{stamp['device']}, {threads}, torch {stamp['torch']}, Python {stamp['python']}.</div>"
+    )
 
 
 def show() -> None:
     "Print the stamp at the foot of the page."
     from IPython.display import HTML, display
+
     display(HTML(markup(values())))

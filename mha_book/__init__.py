@@ -7,44 +7,46 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/99_api.ipynb #api
-from .single_head import AttentionHead, causal_mask, fused_attend
-from .multi_head import HeadList
-from .weight_split import (
-    HeadLayout, MultiHeadAttention, head_counts, merge_heads, pad_heads, split_heads)
-from .layouts import (
-    Dialect, convert_layout, from_state_dict, from_torch, to_torch)
-from .which_dialect import fitting_dialects, guess_dialect
-from .masks import convert_mask
-from .gradients import gradient_report
-from .device import benchmark, peak_bytes, pick_device
-from .backends import attention, attention_weights
-from .dispatch import explain_dispatch
-from . import flex as _flex    # enters itself into the registry of `attention`
-from .cache import KVCache
-from .decoding import cache_bytes
-from .paged import BlockPool, PagedCache
-from .softmax import attention_with_lse, merge_attention
-from .tolerance import error_report, head_statistics
-from .logits import (
-    GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss)
-from .positions import (
-    ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions)
-from .rope import RoPE
-from .rope_scaling import LinearScaling, Llama3Scaling, NTKScaling, YaRNScaling
-from .grouped import (
-    align_kv_heads, folded_attend, merge_kv_heads, repeat_kv_heads, turn_kv_heads)
+from .heads.dialects import Dialect, convert_weights, from_state_dict, from_torch, to_torch
+from .heads.head_list import HeadList
+from mha_book.heads.layer import (
+    HeadLayout,
+    MultiHeadAttention,
+    merge_heads,
+    nearest_head_counts,
+    pad_heads,
+    split_heads,
+)
+from .heads.masks import convert_mask
+from .heads.single_head import AttentionHead, causal_mask, fused_attend
+from .heads.which_dialect import fitting_dialects, guess_dialect
+from .instruments.cache_size import cache_bytes
+from .instruments.device import benchmark, peak_bytes, pick_device
+from .instruments.dispatch import explain_dispatch
+from .instruments.gradients import gradient_report
+from .instruments.tolerance import error_report, head_statistics
+from .kernels import flex as _flex  # enters itself into the registry of `attention`
+from .kernels.backends import attention, attention_weights
+from .kernels.merging import attention_with_lse, merge_attention
+from .plugs.cache import KVCache
+from .plugs.logits import GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss
+from .plugs.paged import BlockPool, PagedCache
+from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
+from .plugs.rope import RoPE
+from .plugs.rope_scaling import RoPELinearScaling, RoPELlama3Scaling, RoPENTKScaling, RoPEYaRNScaling
+from .variants.grouped import align_kv_heads, folded_attend, mean_kv_heads, repeat_kv_heads, rotate_kv_heads
 
 __all__ = [
     "ALiBi", "AttentionHead", "BlockPool", "Dialect", "GatedAttention", "HeadLayout",
-    "HeadList", "HeadTemperature", "KVCache", "LearnedPositions", "LinearScaling",
-    "Llama3Scaling", "MultiHeadAttention", "NTKScaling", "PagedCache", "RelativeBias",
-    "RoPE", "SinkAttention", "YaRNScaling", "align_kv_heads", "attention",
+    "HeadList", "HeadTemperature", "KVCache", "LearnedPositions", "RoPELinearScaling",
+    "RoPELlama3Scaling", "MultiHeadAttention", "RoPENTKScaling", "PagedCache", "RelativeBias",
+    "RoPE", "SinkAttention", "RoPEYaRNScaling", "align_kv_heads", "attention",
     "attention_weights", "attention_with_lse", "benchmark", "cache_bytes",
-    "causal_mask", "convert_layout", "convert_mask", "error_report", "explain_dispatch",
+    "causal_mask", "convert_weights", "convert_mask", "error_report", "explain_dispatch",
     "fitting_dialects", "folded_attend", "from_state_dict", "from_torch",
-    "fused_attend", "gradient_report", "guess_dialect", "head_counts",
+    "fused_attend", "gradient_report", "guess_dialect", "nearest_head_counts",
     "head_statistics", "largest_logits", "merge_attention", "merge_heads",
-    "merge_kv_heads", "pad_heads", "peak_bytes", "pick_device", "qk_clip_",
+    "mean_kv_heads", "pad_heads", "peak_bytes", "pick_device", "qk_clip_",
     "repeat_kv_heads", "sinusoidal_positions", "split_heads", "to_torch",
-    "turn_kv_heads", "z_loss",
+    "rotate_kv_heads", "z_loss",
 ]

@@ -1,4 +1,5 @@
 """Shapes are checked while tests run: every annotated function of the package becomes a test of its own annotations."""
+
 import jaxtyping
 import pytest
 import torch

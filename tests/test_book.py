@@ -2,6 +2,7 @@
 
 Skipped, with the reason, unless the book is built and a browser is found. MHA_BOOK_REQUIRED=1 makes that a failure.
 """
+
 import functools
 import http.server
 import os
@@ -16,17 +17,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
-            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]  # any other address fails, visibly
+BROWSERS = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]  # any other address fails, visibly
 VIEWS = {
     "file": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
     "served": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
     "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
 }
-LOOK = (Path(__file__).parent / "look_at_page.js").read_text(encoding="utf8")
+LOOK = (Path(__file__).parent / "support" / "look_at_page.js").read_text(encoding="utf8")
 
 
 # Whether there is something to look at, and something to look with
@@ -66,8 +77,11 @@ def no_browser() -> str:
 
 REQUIRED = os.environ.get("MHA_BOOK_REQUIRED") == "1"
 NO_BOOK, NO_BROWSER = no_book(), no_browser()
-PAGES = sorted(p.relative_to(HTML).as_posix() for p in HTML.rglob("*.html")
-               if not {"_static", "_modules"} & set(p.relative_to(HTML).parts))
+PAGES = sorted(
+    p.relative_to(HTML).as_posix()
+    for p in HTML.rglob("*.html")
+    if not {"_static", "_modules"} & set(p.relative_to(HTML).parts)
+)
 NOTEBOOK_PAGES = [page for page in PAGES if (ROOT / "nbs" / page).with_suffix(".ipynb").exists()]
 needs_browser = pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 needs_both = pytest.mark.skipif(bool(NO_BOOK or NO_BROWSER), reason=NO_BOOK or NO_BROWSER)
@@ -137,6 +151,7 @@ def listen(page, base: str, noise: list[str]) -> None:
 @pytest.fixture(scope="module")
 def reader():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path(), args=FLAGS)
         reader = Reader(browser)

@@ -1,4 +1,5 @@
 """What the package promises of its inputs: annotations hold, bad input is refused with the values and a way out."""
+
 import copy
 import math
 from functools import partial
@@ -9,31 +10,28 @@ import torch
 from torch import nn
 
 import mha_book
-from mha_book import (AttentionHead, HeadLayout, HeadList, MultiHeadAttention, causal_mask, fused_attend, head_counts,
-                      pad_heads, split_heads)
-from mha_book.single_head import attention, attention_weights
-from mha_book.testing import SIZES, refuse_nonfinite
+from mha_book import (
+    AttentionHead,
+    HeadLayout,
+    HeadList,
+    MultiHeadAttention,
+    causal_mask,
+    fused_attend,
+    nearest_head_counts,
+    pad_heads,
+    split_heads,
+)
+from mha_book.heads.single_head import plain_attention, plain_attention_weights
+from mha_book.instruments.testing import SIZES, refuse_nonfinite
+from support.padded_cache import PaddedCache
+from support.refusals import refused
 
 s = SIZES
-KERNELS = pytest.mark.parametrize("attend", [attention, fused_attend])
+KERNELS = pytest.mark.parametrize("attend", [plain_attention, fused_attend])
 
 
 def heads(b=s.b, h=s.h, n=s.n, g=s.h, m=s.m, d=s.d, dv=s.d):
     return torch.randn(b, h, n, d), torch.randn(b, g, m, d), torch.randn(b, g, m, dv)
-
-
-def refused(error, *words):
-    "The block raises `error`, and its message holds all `words`."
-    class Check:
-        def __enter__(self):
-            self.context = pytest.raises(error)
-            self.caught = self.context.__enter__()
-        def __exit__(self, *exc):
-            done = self.context.__exit__(*exc)
-            missing = [word for word in words if word not in str(self.caught.value)]
-            assert not missing, f"{missing} not in: {self.caught.value}"
-            return done
-    return Check()
 
 
 # Shape checking is on: the annotations themselves refuse
@@ -42,7 +40,7 @@ def refused(error, *words):
 def test_annotations_are_checked_here():
     q, k, v = heads()
     with pytest.raises(jaxtyping.TypeCheckError):
-        attention(q, k[..., :-1], v)
+        plain_attention(q, k[..., :-1], v)
     with pytest.raises(jaxtyping.TypeCheckError):
         split_heads(torch.zeros(3, dtype=torch.long), 3)
 
@@ -124,7 +122,7 @@ class TestBadHeads:
 
     def test_weights_check_too(self):
         with refused(TypeError, "torch.bool"):
-            attention_weights(*heads()[:2], mask=torch.ones(s.m))
+            plain_attention_weights(*heads()[:2], mask=torch.ones(s.m))
 
 
 @pytest.mark.usefixtures("own_messages")
@@ -186,13 +184,17 @@ class TestBadLayers:
         with refused(ValueError, "cache", "context"):
             MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), torch.randn(2, 7, 48), cache=object())
 
-    @pytest.mark.parametrize("padding, error, word", [
-        (torch.ones(2, 5), TypeError, "True = a real token"),
-        (torch.ones(2, 7, dtype=torch.bool), ValueError, "(2, 5)"),
-        (torch.ones(2, 5, dtype=torch.bool, device="meta"), ValueError, "meta")])
+    @pytest.mark.parametrize(
+        "padding, error, word",
+        [
+            (torch.ones(2, 5), TypeError, "True = a real token"),
+            (torch.ones(2, 7, dtype=torch.bool), ValueError, "(2, 5)"),
+            (torch.ones(2, 5, dtype=torch.bool, device="meta"), ValueError, "meta"),
+        ],
+    )
     def test_padding_masks(self, padding, error, word):
-        with refused(error, "key_padding_mask", word):
-            MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), key_padding_mask=padding)
+        with refused(error, "key_mask", word):
+            MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), key_mask=padding)
 
     def test_other_head_counts_in_a_checkpoint(self):
         saved, layer = MultiHeadAttention(48, 4).state_dict(), MultiHeadAttention(48, 8)
@@ -207,7 +209,7 @@ class TestBadLayers:
             model.load_state_dict(saved)
 
     def test_maps_of_plugs_that_do_not_mix(self):
-        layer = MultiHeadAttention(48, 6, attend=lambda q, k, v, **options: attention(q, k, v.tanh(), **options))
+        layer = MultiHeadAttention(48, 6, attend=lambda q, k, v, **options: plain_attention(q, k, v.tanh(), **options))
         with refused(ValueError, "not linear in its values"):
             layer.attention_map(torch.randn(2, 5, 48))
 
@@ -217,15 +219,19 @@ class TestBadLayers:
             with refused(ValueError, f"num_heads {count}", "at least 6", "group size 2"):
                 pad_heads(layer, count)
 
-    @pytest.mark.parametrize("mask, error, word", [
-        (torch.ones(5, 5), TypeError, "torch.bool"),
-        (torch.ones(5, 6, dtype=torch.bool), ValueError, "(5, 6)"),
-        (torch.ones(3, 5, 5, dtype=torch.bool), ValueError, "(3, 5, 5)"),
-        (torch.ones(5, 5, dtype=torch.bool, device="meta"), ValueError, "meta")])
+    @pytest.mark.parametrize(
+        "mask, error, word",
+        [
+            (torch.ones(5, 5), TypeError, "torch.bool"),
+            (torch.ones(5, 6, dtype=torch.bool), ValueError, "(5, 6)"),
+            (torch.ones(3, 5, 5, dtype=torch.bool), ValueError, "(3, 5, 5)"),
+            (torch.ones(5, 5, dtype=torch.bool, device="meta"), ValueError, "meta"),
+        ],
+    )
     def test_masks_beside_a_padding_mask(self, mask, error, word):
         real = torch.ones(2, 5, dtype=torch.bool)
         with refused(error, "mask", word):
-            MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), mask=mask, key_padding_mask=real)
+            MultiHeadAttention(48, 6)(torch.randn(2, 5, 48), mask=mask, key_mask=real)
 
     def test_tokens_that_are_no_embeddings(self):
         with refused(TypeError, "x has dtype torch.int64", "embeddings"):
@@ -263,7 +269,7 @@ class TestBadLayers:
     def test_nan_is_found_on_request(self):
         layer, x = MultiHeadAttention(48, 6), torch.randn(2, 5, 48)
         x[1, 2, 3] = math.nan
-        assert layer(x).isnan().any()                                     # silent by default
+        assert layer(x).isnan().any()  # silent by default
         layer.register_forward_pre_hook(refuse_nonfinite, with_kwargs=True)
         with refused(ValueError, "nan", "(1, 2, 3)", "1 of 480"):
             layer(x)
@@ -307,10 +313,12 @@ def test_a_layer_survives_copying_saving_and_moving(tmp_path):
 
 def test_the_plug_gets_exactly_the_agreed_arguments():
     seen = {}
+
     def attend(q, k, v, *, mask, bias, is_causal, dropout_p):
         shapes = [tuple(t.shape) for t in (q, k, v)]
         seen.update(shapes=shapes, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
         return fused_attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal, dropout_p=dropout_p)
+
     layer = MultiHeadAttention(20, 6, num_kv_heads=3, head_dim=8, dropout=0.25, attend=attend)
     layer(torch.randn(2, 5, 20), is_causal=True)
     assert seen["shapes"] == [(2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8)]
@@ -325,8 +333,10 @@ def test_a_plug_with_parameters_is_trained_with_the_layer():
         def __init__(self):
             super().__init__()
             self.log_scale = nn.Parameter(torch.zeros(6, 1, 1))
+
         def forward(self, q, k, v, **options):
             return fused_attend(q * self.log_scale.exp(), k, v, **options)
+
     layer = MultiHeadAttention(48, 6, attend=Scaled())
     layer(torch.randn(2, 5, 48)).square().sum().backward()
     assert "attend.log_scale" in dict(layer.named_parameters()) and layer.attend.log_scale.grad.abs().min() > 0
@@ -334,34 +344,24 @@ def test_a_plug_with_parameters_is_trained_with_the_layer():
 
 def test_the_position_plug_is_told_where_it_stands():
     offsets = []
+
     class Seen:
         seen = torch.tensor([3, 4])
-        def append(self, k, v, padding=None): return k, v, padding[:, None, None]
-        def commit(self): offsets.append("committed")
+
+        def append(self, k, v, padding=None):
+            return k, v, padding[:, None, None]
+
+        def commit(self):
+            offsets.append("committed")
+
     def position(q, k, *, offset):
         offsets.append(offset)
         return q, k
+
     layer = MultiHeadAttention(48, 6, position=position)
     layer(torch.randn(2, 5, 48))
-    layer(torch.randn(2, 5, 48), cache=Seen(), key_padding_mask=torch.ones(2, 5, dtype=torch.bool))
+    layer(torch.randn(2, 5, 48), cache=Seen(), key_mask=torch.ones(2, 5, dtype=torch.bool))
     assert offsets[0] == 0 and offsets[1].tolist() == [3, 4] and offsets[2] == "committed"
-
-
-class PaddedCache:
-    "Keeps all tokens of all calls, padding too, and which of them are real."
-    def __init__(self, batch):
-        self.seen, self.kept, self.pending = torch.zeros(batch, dtype=torch.int64), None, None
-
-    def append(self, k, v, padding=None):
-        real = torch.ones(len(k), k.shape[2], dtype=torch.bool) if padding is None else padding
-        new = (k, v, real[:, None, None])
-        old = self.kept or [t.narrow(dim, 0, 0) for t, dim in zip(new, (2, 2, 3))]
-        self.pending = [torch.cat(pair, dim) for *pair, dim in zip(old, new, (2, 2, 3))]
-        self.added = real.sum(1)
-        return self.pending
-
-    def commit(self):
-        self.kept, self.seen = self.pending, self.seen + self.added
 
 
 def rotate(q, k, *, offset):
@@ -369,9 +369,11 @@ def rotate(q, k, *, offset):
     start = torch.as_tensor(offset).reshape(-1, 1, 1)
     angle = (start + torch.arange(q.shape[2])).to(q.dtype)
     cos, sin = angle.cos(), angle.sin()
+
     def turned(t):
         a, b, *rest = t.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos, *rest], -1)
+
     return turned(q), turned(k)
 
 
@@ -379,12 +381,12 @@ def test_a_padded_batch_decodes_as_each_sentence_alone():
     layer = MultiHeadAttention(20, 6, num_kv_heads=3, head_dim=8, position=rotate, dtype=torch.float64)
     x, cache = torch.randn(2, 7, 20, dtype=torch.float64), PaddedCache(2)
     real = torch.arange(4) >= torch.tensor([[0], [2]])
-    pieces = [layer(x[:, :4], key_padding_mask=real, is_causal=True, cache=cache)]
-    pieces += [layer(x[:, i:i + 1], is_causal=True, cache=cache) for i in range(4, 7)]
+    pieces = [layer(x[:, :4], key_mask=real, is_causal=True, cache=cache)]
+    pieces += [layer(x[:, i : i + 1], is_causal=True, cache=cache) for i in range(4, 7)]
     together = torch.cat(pieces, dim=1)
     for row, first in ((0, 0), (1, 2)):
-        alone = layer(x[row:row + 1, first:], is_causal=True)
-        torch.testing.assert_close(together[row:row + 1, first:], alone, atol=1e-12, rtol=0)
+        alone = layer(x[row : row + 1, first:], is_causal=True)
+        torch.testing.assert_close(together[row : row + 1, first:], alone, atol=1e-12, rtol=0)
 
 
 def test_a_call_that_fails_late_leaves_the_cache_as_it_was():
@@ -404,16 +406,17 @@ def test_a_norm_or_a_position_may_answer_in_float32():
 def test_a_bias_of_another_float_is_taken(dtype, bias):
     q, k, v = (t.to(dtype) for t in heads())
     extra = torch.randn(s.n, s.m, dtype=bias)
-    for attend in attention, fused_attend:
+    for attend in plain_attention, fused_attend:
         assert torch.equal(attend(q, k, v, bias=extra), attend(q, k, v, bias=extra.to(dtype)))
-    assert attention_weights(q, k, bias=extra).dtype == dtype
+    assert plain_attention_weights(q, k, bias=extra).dtype == dtype
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_that_are_not_positive(scale):
     q, k, v = heads(n=6, m=6)
-    torch.testing.assert_close(fused_attend(q, k, v, is_causal=True, scale=scale),
-                               attention(q, k, v, is_causal=True, scale=scale))   # torch's own causal kernel gives NaN
+    torch.testing.assert_close(
+        fused_attend(q, k, v, is_causal=True, scale=scale), plain_attention(q, k, v, is_causal=True, scale=scale)
+    )  # torch's own causal kernel gives NaN
 
 
 @pytest.mark.parametrize("b, n", [(0, 5), (2, 0)])
@@ -431,8 +434,12 @@ def test_padding_heads_keeps_what_is_frozen():
 
 
 def test_head_counts_are_the_nearest_divisors():
-    assert head_counts(16, 3) == (2, 4) and head_counts(768, 10) == (8, 12)
-    assert head_counts(7, 3) == (1, 7) and head_counts(4, 9) == (4, None) and head_counts(6, 1) == (None, 2)
+    assert nearest_head_counts(16, 3) == (2, 4) and nearest_head_counts(768, 10) == (8, 12)
+    assert (
+        nearest_head_counts(7, 3) == (1, 7)
+        and nearest_head_counts(4, 9) == (4, None)
+        and nearest_head_counts(6, 1) == (None, 2)
+    )
 
 
 def test_layouts_tell_whose_rows_are_whose():
@@ -440,7 +447,7 @@ def test_layouts_tell_whose_rows_are_whose():
     assert [*layout] == [6, 3, 8] and layout.sizes == (48, 24, 24)
     slices = [layout.rows(part, head) for part, count in (("q", 6), ("k", 3), ("v", 3)) for head in range(count)]
     owned = [i for rows in slices for i in range(200)[rows]]
-    assert owned == list(range(96))                                                    # every row once, in order
+    assert owned == list(range(96))  # every row once, in order
 
 
 def test_causal_masks_are_aligned_at_the_end():

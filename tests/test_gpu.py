@@ -1,17 +1,18 @@
 """What needs a GPU: `make test-gpu`. Without one these tests are skipped, and say so."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mha_book import MultiHeadAttention, convert_mask, from_torch, fused_attend, gradient_report, to_torch
-from mha_book.backends import BACKENDS
-from mha_book.backends import attention as attention_by
-from mha_book.cli import main
-from mha_book.dispatch import explain_dispatch
-from mha_book.measured import read_measurement
-from mha_book.nine_ways import NINE_WAYS
-from mha_book.single_head import attention
-from mha_book.testing import SIZES, assert_as_exact, reference_attention
+from mha_book.bench.cli import main
+from mha_book.bench.measured import read_measurement
+from mha_book.heads.single_head import plain_attention
+from mha_book.instruments.dispatch import explain_dispatch
+from mha_book.instruments.testing import SIZES, assert_as_exact, reference_attention
+from mha_book.kernels.backends import BACKENDS
+from mha_book.kernels.backends import attention as attention_by
+from mha_book.lab.nine_ways import NINE_WAYS
 
 REASON = "needs a CUDA device; run `make test-gpu` where there is one"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)
@@ -19,7 +20,7 @@ s = SIZES
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attend", [attention, fused_attend])
+@pytest.mark.parametrize("attend", [plain_attention, fused_attend])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_parity_on_the_gpu(attend, dtype, is_causal):
     shapes = (s.b, s.h, s.n, s.d), (s.b, s.g, s.m, s.d), (s.b, s.g, s.m, s.d)
@@ -28,7 +29,7 @@ def test_parity_on_the_gpu(attend, dtype, is_causal):
     mask[0, :, 2] = False
     options = dict(mask=mask.cuda(), is_causal=is_causal)
     exact = reference_attention(q, k, v, **options)
-    plain = attention(q.cpu(), k.cpu(), v.cpu(), mask=mask, is_causal=is_causal)
+    plain = plain_attention(q.cpu(), k.cpu(), v.cpu(), mask=mask, is_causal=is_causal)
     assert_as_exact(attend(q, k, v, **options), exact, plain, v.abs().max().item())
 
 
@@ -82,9 +83,17 @@ def test_the_benchmark_runs_on_the_gpu(tmp_path):
     assert {table.suite for table in found.tables} >= {"layers", "ways", "backends"}
 
 
-OPTIONS = [{}, {"is_causal": True}, {"window": 40, "is_causal": True}, {"window": (9, 3)}, {"softcap": 2.0},
-           {"sinks": True}, {"sinks": True, "is_causal": True}, {"sinks": True, "window": 17, "softcap": 2.0},
-           {"mask": True, "bias": True, "window": 30}]
+OPTIONS = [
+    {},
+    {"is_causal": True},
+    {"window": 40, "is_causal": True},
+    {"window": (9, 3)},
+    {"softcap": 2.0},
+    {"sinks": True},
+    {"sinks": True, "is_causal": True},
+    {"sinks": True, "window": 17, "softcap": 2.0},
+    {"mask": True, "bias": True, "window": 30},
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -93,8 +102,11 @@ OPTIONS = [{}, {"is_causal": True}, {"window": 40, "is_causal": True}, {"window"
 def test_backends_on_the_gpu(impl, options, dtype):
     shapes = (s.b, s.h, 150, 32), (s.b, s.g, 170, 32), (s.b, s.g, 170, 32)
     leaves = [torch.randn(shape).to(dtype).double() for shape in shapes]
-    made = {"sinks": torch.randn(s.h).to(dtype).double(), "bias": torch.randn(s.h, 150, 170).to(dtype).double(),
-            "mask": torch.rand(s.b, 1, 150, 170) < 0.8}
+    made = {
+        "sinks": torch.randn(s.h).to(dtype).double(),
+        "bias": torch.randn(s.h, 150, 170).to(dtype).double(),
+        "mask": torch.rand(s.b, 1, 150, 170) < 0.8,
+    }
     options = {name: made[name] if value is True and name in made else value for name, value in options.items()}
     names = [name for name in ("sinks", "bias") if name in options]
     leaves += [options[name] for name in names]
@@ -132,23 +144,28 @@ def test_the_explained_kernel_runs_on_the_gpu(options, dtype):
 
 def test_a_plain_call_is_torchs_kernel_on_the_gpu():
     q, k, v = torch.randn(3, 1, 8, 256, 64, device="cuda", dtype=torch.bfloat16)
+
     def events(call):
         call()
         with torch.profiler.profile() as profile:
             call()
         return [event.name for event in profile.events() if event.name.startswith(("aten::", "cuda", "Memcpy"))]
+
     ours = events(lambda: attention_by(q, k, v, is_causal=True))
     assert ours == events(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 @pytest.mark.parametrize("options", [{"window": 256, "is_causal": True}, {"softcap": 30.0}, {"sinks": True}], ids=str)
 def test_auto_never_holds_more_than_math_on_the_gpu(options):
-    from mha_book.device import peak_bytes
+    from mha_book.instruments.device import peak_bytes
+
     q, k, v = torch.randn(3, 1, 8, 2048, 64, device="cuda", dtype=torch.bfloat16)
-    options = {name: torch.randn(8, device="cuda") if value is True and name == "sinks" else value
-               for name, value in options.items()}
+    options = {
+        name: torch.randn(8, device="cuda") if value is True and name == "sinks" else value
+        for name, value in options.items()
+    }
     held = {}
     for impl in "auto", "math":
-        attention_by(q, k, v, impl=impl, **options)               # whatever is made once
+        attention_by(q, k, v, impl=impl, **options)  # whatever is made once
         held[impl] = peak_bytes(lambda: attention_by(q, k, v, impl=impl, **options), "cuda")
     assert held["auto"] <= held["math"]

@@ -3,6 +3,7 @@
 Small random models, built here, in float64; nothing is fetched. The tests of a library that is absent are skipped,
 and with MHA_LIBRARIES_REQUIRED=1 they fail.
 """
+
 import importlib
 import os
 from dataclasses import dataclass, field, replace
@@ -11,18 +12,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mha_book import (HeadLayout, LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRNScaling, causal_mask,
-                      suites, suites_language)
-from mha_book.decoding import MODELS as PUBLISHED
-from mha_book.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
-from mha_book.layouts import DIALECTS, Dialect, convert_layout, from_state_dict, from_torch
-from mha_book.masks import MASK_DIALECTS, convert_mask
-from mha_book.one_wrong_line import hamlet
-from mha_book.positions import alibi_slopes, relative_buckets
-from mha_book.pretrained import encode
-from mha_book.single_head import attention
-from mha_book.testing import SIZES
-from mha_book.which_dialect import guess_dialect
+from mha_book import (
+    HeadLayout,
+    RoPE,
+    RoPELinearScaling,
+    RoPELlama3Scaling,
+    RoPENTKScaling,
+    RoPEYaRNScaling,
+    causal_mask,
+)
+from mha_book.bench import suites, suites_language
+from mha_book.heads.dialects import DIALECTS, Dialect, convert_weights, from_state_dict, from_torch
+from mha_book.heads.masks import MASK_DIALECTS, convert_mask
+from mha_book.heads.single_head import plain_attention
+from mha_book.heads.which_dialect import guess_dialect
+from mha_book.instruments.cache_size import PUBLISHED
+from mha_book.instruments.testing import SIZES
+from mha_book.lab.one_wrong_line import hamlet
+from mha_book.models.encoder import encode
+from mha_book.models.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
+from mha_book.plugs.positions import alibi_slopes, relative_buckets
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,6 +70,7 @@ def assert_close(got, wanted):
 @dataclass
 class Rotary:
     "Rotary positions on the first `width` numbers of a head; angles in float32, as Transformers computes them."
+
     width: int
 
     def __call__(self, q, k, *, offset):
@@ -69,25 +79,27 @@ class Rotary:
         cos, sin = angles.cos().double(), angles.sin().double()
 
         def turn(t):
-            turned, rest = t[..., :self.width], t[..., self.width:]
+            turned, rest = t[..., : self.width], t[..., self.width :]
             first, second = turned.chunk(2, dim=-1)
             return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
         return turn(q), turn(k)
 
 
 @dataclass
 class Model:
     "A model of Transformers, and where its first attention stands."
-    kind: str               # its class; the config's is named after it
+
+    kind: str  # its class; the config's is named after it
     heads: HeadLayout
     dialect: str | Dialect  # how it is read
-    names: dict             # what it calls its tensors
+    names: dict  # what it calls its tensors
     prefix: str
     config: dict = field(default_factory=dict)
     position: Rotary | None = None
     causal: bool = True
-    reads: str = ""         # which module gets the input, below the prefix
-    gives: str = ""         # which one gives the output
+    reads: str = ""  # which module gets the input, below the prefix
+    gives: str = ""  # which one gives the output
     config_kind: str = ""
 
     def build(self, **config):
@@ -105,13 +117,14 @@ class Model:
         return {name: tensor for name, tensor in model.state_dict().items() if "attention.output.LayerNorm" not in name}
 
     def layer(self, model):
-        return from_state_dict(self.weights(model), self.heads, self.dialect, prefix=self.prefix,
-                               position=self.position)
+        return from_state_dict(
+            self.weights(model), self.heads, self.dialect, prefix=self.prefix, position=self.position
+        )
 
     def write(self, layer, model):
         "This layer's weights under the names of the model, whose attention they replace."
         own = DIALECTS[self.dialect] if isinstance(self.dialect, str) else self.dialect
-        written = convert_layout(layer.state_dict(), "stacked", replace(own, names=self.names), self.heads)
+        written = convert_weights(layer.state_dict(), "stacked", replace(own, names=self.names), self.heads)
         written = {self.prefix + name: tensor for name, tensor in written.items()}
         theirs = model.state_dict()
         absent = set(written) - set(theirs)
@@ -128,9 +141,13 @@ class Model:
 
         def note_output(module, args, output):
             seen["y"] = output[0] if isinstance(output, tuple) else output
-        hooks = [model.get_submodule((self.prefix + self.reads).rstrip(".")).register_forward_pre_hook(
-                     note_input, with_kwargs=True),
-                 model.get_submodule((self.prefix + self.gives).rstrip(".")).register_forward_hook(note_output)]
+
+        hooks = [
+            model.get_submodule((self.prefix + self.reads).rstrip(".")).register_forward_pre_hook(
+                note_input, with_kwargs=True
+            ),
+            model.get_submodule((self.prefix + self.gives).rstrip(".")).register_forward_hook(note_output),
+        ]
         with torch.no_grad():
             model(input_ids=torch.randint(1, 11, (s.b, s.n)), **options)
         for hook in hooks:
@@ -139,8 +156,16 @@ class Model:
 
 
 def sizes(width=WIDE, **more):
-    return dict(hidden_size=width, num_attention_heads=s.h, num_hidden_layers=1, intermediate_size=10,
-                max_position_embeddings=16) | more
+    return (
+        dict(
+            hidden_size=width,
+            num_attention_heads=s.h,
+            num_hidden_layers=1,
+            intermediate_size=10,
+            max_position_embeddings=16,
+        )
+        | more
+    )
 
 
 GPT = dict(n_embd=WIDE, n_head=s.h, n_layer=1, n_positions=16)
@@ -153,28 +178,73 @@ HALF = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor":
 
 MODELS = {
     "GPT-2": Model("GPT2Model", EQUAL, "conv1d", CONV, "h.0.attn.", GPT),
-    "BERT": Model("BertModel", EQUAL, Dialect(BERT), BERT, "encoder.layer.0.attention.", sizes(),
-                  causal=False, reads="self", gives="output.dense"),
-    "GPT-NeoX": Model("GPTNeoXModel", EQUAL, "interleaved", FUSED, "layers.0.attention.",
-                      sizes(rope_parameters=HALF), Rotary(4)),
-    "Llama": Model("LlamaModel", GROUPED, "separate", SPLIT, "layers.0.self_attn.",
-                   sizes(24, num_key_value_heads=s.g, head_dim=s.d, attention_bias=True), Rotary(s.d)),
-    "Qwen2": Model("Qwen2Model", GROUPED, "separate", SPLIT, "layers.0.self_attn.",    # no bias of the output
-                   sizes(num_key_value_heads=s.g), Rotary(s.d)),
-    "Whisper": Model("WhisperDecoder", EQUAL, "separate", SPLIT | {"o": "out_proj"},   # no bias of the keys
-                     "layers.0.self_attn.", dict(d_model=WIDE, decoder_layers=1, decoder_attention_heads=s.h,
-                                                 decoder_ffn_dim=10, max_target_positions=16),
-                     config_kind="WhisperConfig"),
-    "Falcon-40B": Model("FalconModel", GROUPED, "grouped", FUSED, "h.0.self_attention.",
-                        FALCON | dict(new_decoder_architecture=True, num_kv_heads=s.g), Rotary(s.d)),
-    "Falcon-7B": Model("FalconModel", SHARED, "multi_query", FUSED, "h.0.self_attention.",
-                       FALCON | dict(multi_query=True), Rotary(s.d)),
-    "Falcon-RW": Model("FalconModel", EQUAL, "interleaved", FUSED, "h.0.self_attention.",
-                       FALCON | dict(multi_query=False), Rotary(s.d)),
+    "BERT": Model(
+        "BertModel",
+        EQUAL,
+        Dialect(BERT),
+        BERT,
+        "encoder.layer.0.attention.",
+        sizes(),
+        causal=False,
+        reads="self",
+        gives="output.dense",
+    ),
+    "GPT-NeoX": Model(
+        "GPTNeoXModel", EQUAL, "interleaved", FUSED, "layers.0.attention.", sizes(rope_parameters=HALF), Rotary(4)
+    ),
+    "Llama": Model(
+        "LlamaModel",
+        GROUPED,
+        "separate",
+        SPLIT,
+        "layers.0.self_attn.",
+        sizes(24, num_key_value_heads=s.g, head_dim=s.d, attention_bias=True),
+        Rotary(s.d),
+    ),
+    "Qwen2": Model(
+        "Qwen2Model",
+        GROUPED,
+        "separate",
+        SPLIT,
+        "layers.0.self_attn.",  # no bias of the output
+        sizes(num_key_value_heads=s.g),
+        Rotary(s.d),
+    ),
+    "Whisper": Model(
+        "WhisperDecoder",
+        EQUAL,
+        "separate",
+        SPLIT | {"o": "out_proj"},  # no bias of the keys
+        "layers.0.self_attn.",
+        dict(d_model=WIDE, decoder_layers=1, decoder_attention_heads=s.h, decoder_ffn_dim=10, max_target_positions=16),
+        config_kind="WhisperConfig",
+    ),
+    "Falcon-40B": Model(
+        "FalconModel",
+        GROUPED,
+        "grouped",
+        FUSED,
+        "h.0.self_attention.",
+        FALCON | dict(new_decoder_architecture=True, num_kv_heads=s.g),
+        Rotary(s.d),
+    ),
+    "Falcon-7B": Model(
+        "FalconModel", SHARED, "multi_query", FUSED, "h.0.self_attention.", FALCON | dict(multi_query=True), Rotary(s.d)
+    ),
+    "Falcon-RW": Model(
+        "FalconModel", EQUAL, "interleaved", FUSED, "h.0.self_attention.", FALCON | dict(multi_query=False), Rotary(s.d)
+    ),
     "StarCoder": Model("GPTBigCodeModel", SHARED, "multi_query", CONV, "h.0.attn.", GPT | dict(multi_query=True)),
     "BigCode": Model("GPTBigCodeModel", EQUAL, "interleaved", CONV, "h.0.attn.", GPT | dict(multi_query=False)),
-    "Phi-3": Model("Phi3Model", GROUPED, "stacked", dict(qkv="qkv_proj", o="o_proj"), "layers.0.self_attn.",
-                   sizes(num_key_value_heads=s.g), Rotary(s.d)),
+    "Phi-3": Model(
+        "Phi3Model",
+        GROUPED,
+        "stacked",
+        dict(qkv="qkv_proj", o="o_proj"),
+        "layers.0.self_attn.",
+        sizes(num_key_value_heads=s.g),
+        Rotary(s.d),
+    ),
 }
 EVERY_MODEL = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 
@@ -193,9 +263,10 @@ def test_our_weights_give_our_outputs_there(case):
     _, before = case.asked(model)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.mul_(torch.randn_like(parameter))   # what was 0, for the library has no such bias, remains 0
-    expected = {name for name in model.state_dict() for own in case.names.values()
-                if name.startswith(f"{case.prefix}{own}.")}
+            parameter.mul_(torch.randn_like(parameter))  # what was 0, for the library has no such bias, remains 0
+    expected = {
+        name for name in model.state_dict() for own in case.names.values() if name.startswith(f"{case.prefix}{own}.")
+    }
     assert case.write(layer, model) == expected
     x, y = case.asked(model)
     assert_close(layer(x, is_causal=case.causal), y)
@@ -209,32 +280,43 @@ FUSED_MODELS = {name: case for name, case in MODELS.items() if "qkv" in case.nam
 def test_the_dialect_of_a_fused_tensor_is_found(case):
     model = case.build()
     x, y = case.asked(model)
-    errors = guess_dialect(case.weights(model), case.heads, x, y, prefix=case.prefix, is_causal=case.causal,
-                           position=case.position)
+    errors = guess_dialect(
+        case.weights(model), case.heads, x, y, prefix=case.prefix, is_causal=case.causal, position=case.position
+    )
     _, g, _ = case.heads
     same = {name for name in errors if g == 1 or DIALECTS[name].order == DIALECTS[case.dialect].order}
-    assert case.dialect in same and all(errors[name] < 1e-10 for name in same)   # with one group all orders are one
+    assert case.dialect in same and all(errors[name] < 1e-10 for name in same)  # with one group all orders are one
     assert all(errors[name] > 0.01 for name in set(errors) - same)
     assert list(errors.values()) == sorted(errors.values())
-    assert g == 1 or case.dialect == "conv1d" or len(errors) > len(same)        # and something wrong was tried
+    assert g == 1 or case.dialect == "conv1d" or len(errors) > len(same)  # and something wrong was tried
 
 
 # Positions of Transformers
 
 
-SCALED = {    # rope_type -> ours, their parameters, and how long the text is
-    "linear": (LinearScaling(8.0), dict(factor=8.0), None),
-    "dynamic": (NTKScaling(5.0), dict(factor=4.0), 4096),    # 4 · 4096 / 2048 - (4 - 1)
-    "yarn": (YaRNScaling(4.0, 2048), dict(factor=4.0, original_max_position_embeddings=2048), None),
-    "llama3": (Llama3Scaling(8.0, 2048), dict(factor=8.0, original_max_position_embeddings=2048, low_freq_factor=1.0,
-                                              high_freq_factor=4.0), None),
+SCALED = {  # rope_type -> ours, their parameters, and how long the text is
+    "linear": (RoPELinearScaling(8.0), dict(factor=8.0), None),
+    "dynamic": (RoPENTKScaling(5.0), dict(factor=4.0), 4096),  # 4 · 4096 / 2048 - (4 - 1)
+    "yarn": (RoPEYaRNScaling(4.0, 2048), dict(factor=4.0, original_max_position_embeddings=2048), None),
+    "llama3": (
+        RoPELlama3Scaling(8.0, 2048),
+        dict(factor=8.0, original_max_position_embeddings=2048, low_freq_factor=1.0, high_freq_factor=4.0),
+        None,
+    ),
 }
 
 
 def llama_config(base, head_dim, **rope):
-    return library("transformers").LlamaConfig(vocab_size=11, **sizes(
-        4 * head_dim, num_attention_heads=4, head_dim=head_dim, max_position_embeddings=2048,
-        rope_parameters={"rope_theta": base} | rope))
+    return library("transformers").LlamaConfig(
+        vocab_size=11,
+        **sizes(
+            4 * head_dim,
+            num_attention_heads=4,
+            head_dim=head_dim,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_theta": base} | rope,
+        ),
+    )
 
 
 @pytest.mark.parametrize("base, head_dim", [(10_000.0, 64), (500_000.0, 128), (100.0, 16)])
@@ -246,7 +328,7 @@ def test_frequencies_are_theirs(kind, base, head_dim):
     theirs, magnitude = function(config, torch.device("cpu"), **{} if length is None else dict(seq_len=length))
     torch.testing.assert_close(scaling(head_dim, base), theirs.double(), rtol=2e-6, atol=0)
     assert magnitude == pytest.approx(getattr(scaling, "magnitude", 1.0))
-    other = LinearScaling(3.0)(head_dim, base)                          # and another scaling is seen
+    other = RoPELinearScaling(3.0)(head_dim, base)  # and another scaling is seen
     assert not torch.allclose(other, theirs.double(), rtol=1e-3)
 
 
@@ -267,8 +349,9 @@ def test_queries_and_keys_are_turned_as_theirs():
 def test_buckets_are_those_of_t5(num_buckets, max_distance, bidirectional):
     t5 = library("transformers.models.t5.modeling_t5").T5Attention
     far = torch.arange(-400, 400)
-    theirs = t5._relative_position_bucket(far, bidirectional=bidirectional, num_buckets=num_buckets,
-                                          max_distance=max_distance)
+    theirs = t5._relative_position_bucket(
+        far, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    )
     assert torch.equal(relative_buckets(far, num_buckets, max_distance, bidirectional), theirs)
 
 
@@ -281,9 +364,15 @@ def test_slopes_are_those_of_mpt(num_heads):
 # What the book says of published models, and their caches
 
 CONFIGS = {
-    "GPT-2": "GPT2Config", "Gemma 2 2B": "Gemma2Config", "Falcon-7B": "FalconConfig", "Llama 2 7B": "LlamaConfig",
-    "Mistral 7B": "MistralConfig", "GPT-NeoX-20B": "GPTNeoXConfig", "gpt-oss-120b": "GptOssConfig",
-    "DeepSeek-V3": "DeepseekV3Config"}
+    "GPT-2": "GPT2Config",
+    "Gemma 2 2B": "Gemma2Config",
+    "Falcon-7B": "FalconConfig",
+    "Llama 2 7B": "LlamaConfig",
+    "Mistral 7B": "MistralConfig",
+    "GPT-NeoX-20B": "GPTNeoXConfig",
+    "gpt-oss-120b": "GptOssConfig",
+    "DeepSeek-V3": "DeepseekV3Config",
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -292,11 +381,14 @@ def test_a_published_model_is_that_of_its_configuration(name):
     h = config.num_attention_heads
     g = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or h
     d = getattr(config, "head_dim", None) or config.hidden_size // h
-    if name == "DeepSeek-V3":    # a latent, and a rotary part, for all heads
+    if name == "DeepSeek-V3":  # a latent, and a rotary part, for all heads
         g, d = 1, config.kv_lora_rank + config.qk_rope_head_dim
     kinds = getattr(config, "layer_types", None) or []
-    rolling = kinds.count("sliding_attention") if kinds else (
-        config.num_hidden_layers if getattr(config, "sliding_window", None) else 0)
+    rolling = (
+        kinds.count("sliding_attention")
+        if kinds
+        else (config.num_hidden_layers if getattr(config, "sliding_window", None) else 0)
+    )
     assert (model.num_layers, model.layout, model.rolling) == (config.num_hidden_layers, HeadLayout(h, g, d), rolling)
     assert model.window == (config.sliding_window if rolling else None)
 
@@ -304,7 +396,11 @@ def test_a_published_model_is_that_of_its_configuration(name):
 def test_the_weights_of_llama_2_are_counted_right():
     config = library("transformers").LlamaConfig()
     assert (config.vocab_size, config.intermediate_size, config.hidden_size, config.num_hidden_layers) == (
-        32_000, 11_008, 4096, 32)
+        32_000,
+        11_008,
+        4096,
+        32,
+    )
 
 
 def test_a_decoding_step_is_that_of_gpt_2_with_its_own_cache():
@@ -317,15 +413,25 @@ def test_a_decoding_step_is_that_of_gpt_2_with_its_own_cache():
             assert len(others) == 3
             for theirs in others:
                 assert_close(theirs, ours)
-            for call in contest.calls.values():                        # and a step can be timed again
+            for call in contest.calls.values():  # and a step can be timed again
                 assert torch.equal(call(), call())
 
 
 @pytest.mark.parametrize("groups", [6, 3, 1])
 def test_a_language_model_is_their_llama(groups):
     library("transformers")
-    config = LanguageModelConfig(vocab_size=23, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=groups,
-                                 head_dim=8, hidden_dim=14, max_len=40, rope_base=100.0, eps=1e-5)
+    config = LanguageModelConfig(
+        vocab_size=23,
+        embed_dim=48,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=groups,
+        head_dim=8,
+        hidden_dim=14,
+        max_len=40,
+        rope_base=100.0,
+        eps=1e-5,
+    )
     model = LanguageModel(config)
     fill(model.parameters())
     theirs, ids = suites_language.llama(model.eval()), torch.randint(23, (2, 9))
@@ -333,7 +439,7 @@ def test_a_language_model_is_their_llama(groups):
         wanted, got = theirs(ids).logits, model(ids)
         error = (got - wanted).abs().max() / wanted.abs().max()
         model.layers[1].attention.position = RoPE(8, 99.0)
-        assert error < 1e-5 < (model(ids) - wanted).abs().max() / wanted.abs().max()    # their angles are float32
+        assert error < 1e-5 < (model(ids) - wanted).abs().max() / wanted.abs().max()  # their angles are float32
 
 
 def test_smollm2_is_their_llama_and_says_the_same():
@@ -353,8 +459,13 @@ def test_smollm2_is_their_llama_and_says_the_same():
 
 class Keras:
     "A layer of Keras, in float64, on torch."
-    dialect = replace(DIALECTS["kernels"], names=DIALECTS["kernels"].names | {"o": "attention_output"},
-                      weight="{}/kernel", bias="{}/bias")
+
+    dialect = replace(
+        DIALECTS["kernels"],
+        names=DIALECTS["kernels"].names | {"o": "attention_output"},
+        weight="{}/kernel",
+        bias="{}/bias",
+    )
 
     def __init__(self, heads, width, context_width, bias):
         keras = library("keras")
@@ -362,8 +473,11 @@ class Keras:
             pytest.skip("needs KERAS_BACKEND=torch")
         h, g, d = heads
         options = dict(use_bias=bias, dtype="float64")
-        self.layer = (keras.layers.MultiHeadAttention(h, d, **options) if h == g
-                      else keras.layers.GroupQueryAttention(d, h, g, **options))
+        self.layer = (
+            keras.layers.MultiHeadAttention(h, d, **options)
+            if h == g
+            else keras.layers.GroupQueryAttention(d, h, g, **options)
+        )
         self.layer.build((None, None, width), (None, None, context_width))
         self.weights = {weight.path.split("/", 1)[1]: weight for weight in self.layer.weights}
         self.load({name: random(*weight.shape) * 0.3 for name, weight in self.weights.items()})
@@ -383,6 +497,7 @@ class Keras:
 
 class Flax:
     "A layer of Flax, in float64."
+
     dialect = DIALECTS["kernels"]
 
     def __init__(self, heads, width, context_width, bias):
@@ -390,8 +505,9 @@ class Flax:
         jax.config.update("jax_enable_x64", True)
         h, _, d = heads
         self.numpy, self.util = jax.numpy, library("flax.traverse_util")
-        self.layer = linen.MultiHeadDotProductAttention(h, qkv_features=h * d, use_bias=bias,
-                                                        param_dtype=jax.numpy.float64)
+        self.layer = linen.MultiHeadDotProductAttention(
+            h, qkv_features=h * d, use_bias=bias, param_dtype=jax.numpy.float64
+        )
         shapes = (jax.numpy.zeros((1, 1, size)) for size in (width, context_width))
         params = self.util.flatten_dict(self.layer.init(jax.random.key(0), *shapes)["params"], sep=".")
         self.load({name: random(*array.shape) * 0.3 for name, array in params.items()})
@@ -409,8 +525,9 @@ class Flax:
         return torch.tensor(self.layer.apply(params, *arrays, mask=mask).tolist(), dtype=torch.float64)
 
 
-LAYERS = pytest.mark.parametrize("kind, heads", [(Keras, EQUAL), (Keras, GROUPED), (Flax, EQUAL)],
-                                 ids=["Keras", "Keras-grouped", "Flax"])
+LAYERS = pytest.mark.parametrize(
+    "kind, heads", [(Keras, EQUAL), (Keras, GROUPED), (Flax, EQUAL)], ids=["Keras", "Keras-grouped", "Flax"]
+)
 
 
 @LAYERS
@@ -423,7 +540,7 @@ def test_kernels_are_read_and_written(kind, heads, width, bias):
     assert_close(layer(x, context), theirs(x, context))
     fill(layer.parameters())
     own = "stacked" if width == s.e else Dialect(dict(q="in_proj", kv="context_proj", o="out_proj"))
-    theirs.load(convert_layout(layer.state_dict(), own, kind.dialect, heads))
+    theirs.load(convert_weights(layer.state_dict(), own, kind.dialect, heads))
     assert_close(layer(x, context), theirs(x, context))
 
 
@@ -432,9 +549,11 @@ def test_kernels_are_read_and_written(kind, heads, width, bias):
 
 def ask_kernel(call):
     "What a function answers to its own mask, and what ours answers to ours."
+
     def ask(mask, theirs, m):
         q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.g, m, s.d), random(s.b, s.g, m, s.d)
-        return call(q, k, v, theirs), attention(q, k, v, mask=mask)
+        return call(q, k, v, theirs), plain_attention(q, k, v, mask=mask)
+
     return ask
 
 
@@ -448,38 +567,52 @@ def onnx(q, k, v, mask, **options):
 
 def ask_layer(kind):
     "The same for a layer of Keras or Flax."
+
     def ask(mask, theirs, m):
         layer = kind(EQUAL, s.e, s.e, True)
         x, context = random(s.b, s.n, s.e), random(s.b, m, s.e)
         return layer(x, context, theirs), from_state_dict(layer.state(), EQUAL, "kernels")(x, context, mask=mask)
+
     return ask
 
 
 def ask_torch(name):
     "The same for torch's layer, which takes its mask under this name."
+
     def ask(mask, theirs, m):
         layer = torch.nn.MultiheadAttention(WIDE, s.h, batch_first=True, dtype=torch.float64)
         fill(layer.parameters())
         x, context = random(s.b, s.n, WIDE), random(s.b, m, WIDE)
         return layer(x, context, context, **{name: theirs})[0], from_torch(layer)(x, context, mask=mask)
+
     return ask
 
 
 def ask_transformers(implementation):
     "The same for a whole BERT, of which its first attention is asked."
+
     def ask(mask, theirs, m):
         case = MODELS["BERT"]
         model = case.build(attn_implementation=implementation)
         x, y = case.asked(model, attention_mask=theirs)
         return y, case.layer(model)(x, mask=mask)
+
     return ask
 
 
-ASK = {"sdpa": ask_kernel(sdpa), "sdpa_added": ask_kernel(sdpa), "torch_added": ask_torch("attn_mask"),
-       "onnx": ask_kernel(onnx), "keras": ask_layer(Keras), "flax": ask_layer(Flax),
-       "torch": ask_torch("attn_mask"), "torch_padding": ask_torch("key_padding_mask"),
-       "transformers_eager": ask_transformers("eager"), "transformers_sdpa": ask_transformers("sdpa"),
-       "transformers_padding": ask_transformers("sdpa")}
+ASK = {
+    "sdpa": ask_kernel(sdpa),
+    "sdpa_added": ask_kernel(sdpa),
+    "torch_added": ask_torch("attn_mask"),
+    "onnx": ask_kernel(onnx),
+    "keras": ask_layer(Keras),
+    "flax": ask_layer(Flax),
+    "torch": ask_torch("attn_mask"),
+    "torch_padding": ask_torch("key_padding_mask"),
+    "transformers_eager": ask_transformers("eager"),
+    "transformers_sdpa": ask_transformers("sdpa"),
+    "transformers_padding": ask_transformers("sdpa"),
+}
 KINDS = {"one for all": "n m", "per head": "h n m", "per sentence": "b 1 n m", "both": "b h n m", "padding": "b 1 1 m"}
 
 
@@ -490,16 +623,19 @@ def mask_of(axes, m, share=0.5):
     return mask
 
 
-@pytest.mark.parametrize("kind, dialect", [(kind, dialect) for kind in KINDS for dialect in ASK
-                                           if kind == "padding" or "padding" not in dialect])
+@pytest.mark.parametrize(
+    "kind, dialect",
+    [(kind, dialect) for kind in KINDS for dialect in ASK if kind == "padding" or "padding" not in dialect],
+)
 def test_a_converted_mask_says_the_same_there(kind, dialect):
     m = s.n if "transformers" in dialect else s.m
     mask = mask_of(KINDS[kind], m)
     other = mask & mask_of(KINDS[kind], m)
-    theirs, others = (convert_mask(one, "mha_book", dialect, (s.b, s.h, s.n, m), dtype=torch.float64)
-                      for one in (mask, other))
+    theirs, others = (
+        convert_mask(one, "mha_book", dialect, (s.b, s.h, s.n, m), dtype=torch.float64) for one in (mask, other)
+    )
     assert_close(*ASK[dialect](mask, theirs, m))
-    with pytest.raises(AssertionError):                                # and another mask does not
+    with pytest.raises(AssertionError):  # and another mask does not
         assert_close(*ASK[dialect](mask, others, m))
 
 
@@ -509,7 +645,7 @@ def test_every_library_is_asked():
 
 @pytest.mark.parametrize("dialect", ["sdpa", "onnx", "keras", "flax", "torch"])
 def test_causality_travels_as_a_mask(dialect):
-    causal = causal_mask(s.n, s.m)                                     # aligned at the end, as everywhere here
+    causal = causal_mask(s.n, s.m)  # aligned at the end, as everywhere here
     both = causal & mask_of("b 1 n m", s.m, 0.9)
     for mask in (causal, both):
         assert_close(*ASK[dialect](mask, convert_mask(mask, "mha_book", dialect, (s.b, s.h, s.n, s.m)), s.m))
@@ -520,8 +656,8 @@ def test_their_own_causality_begins_at_the_first_key(call):
     for m in (s.n, s.m):
         q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, m, s.d), random(s.b, s.h, m, s.d)
         got = call(q, k, v, None, is_causal=True)
-        assert_close(got, attention(q, k, v, mask=torch.ones(s.n, m, dtype=torch.bool).tril()))
-        assert torch.allclose(got, attention(q, k, v, is_causal=True)) == (m == s.n)
+        assert_close(got, plain_attention(q, k, v, mask=torch.ones(s.n, m, dtype=torch.bool).tril()))
+        assert torch.allclose(got, plain_attention(q, k, v, is_causal=True)) == (m == s.n)
 
 
 def random_rows(*shape):
@@ -535,9 +671,9 @@ def random_rows(*shape):
 def test_three_axes_mean_heads_to_a_kernel(call, dialect):
     mask, shape = random_rows(4, s.n, s.m), (4, 4, s.n, s.m)
     q, k, v = random(4, 4, s.n, s.d), random(4, 4, s.m, s.d), random(4, 4, s.m, s.d)
-    assert_close(call(q, k, v, mask), attention(q, k, v, mask=mask[None]))
+    assert_close(call(q, k, v, mask), plain_attention(q, k, v, mask=mask[None]))
     assert torch.equal(convert_mask(mask, dialect, "mha_book", shape), mask[None].expand(shape))
-    assert not torch.allclose(call(q, k, v, mask), attention(q, k, v, mask=mask[:, None]))
+    assert not torch.allclose(call(q, k, v, mask), plain_attention(q, k, v, mask=mask[:, None]))
 
 
 @pytest.mark.parametrize("kind, dialect, place", [(Keras, "keras", 1), (Flax, "flax", 0)])
@@ -552,7 +688,7 @@ def test_three_axes_mean_sentences_to_keras_and_heads_to_flax(kind, dialect, pla
 
 
 def test_three_axes_mean_both_to_torchs_layer():
-    mask = random_rows(4, s.n, s.m)                                    # two sentences of two heads each
+    mask = random_rows(4, s.n, s.m)  # two sentences of two heads each
     layer = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
     x, context = random(2, s.n, 8), random(2, s.m, 8)
     pairs = torch.stack([torch.stack([mask[2 * i + a] for a in range(2)]) for i in range(2)])
@@ -564,6 +700,6 @@ def test_three_axes_mean_both_to_torchs_layer():
 def test_a_mask_in_another_models_words_is_no_mask(implementation, wrong):
     shape, mask = (s.b, s.h, s.n, s.n), mask_of("b 1 1 m", s.n)
     theirs = convert_mask(mask, "mha_book", wrong, shape)
-    theirs = theirs if implementation == "eager" else theirs.long()    # True is added as 1, or 1 is a real token
+    theirs = theirs if implementation == "eager" else theirs.long()  # True is added as 1, or 1 is a real token
     got, wanted = ask_transformers(implementation)(mask, theirs, s.n)
     assert not torch.allclose(got, wanted)

@@ -1,4 +1,5 @@
-"""Import order is reading order, modules stay small, and importing the package costs little beyond torch."""
+"""The rooms stand in an order, import order is reading order, modules stay small, and the import costs little."""
+
 import ast
 import io
 import json
@@ -12,8 +13,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mha_book"
+# A folder imports only folders that stand before it here, and plugs and instruments do not know each other.
+FOLDERS = ["heads", "kernels", "plugs", "variants", "instruments", "models", "lab", "bench"]
+STRANGERS = {("plugs", "instruments"), ("instruments", "plugs")}
 HELPERS = 90  # notebooks from here on serve the chapters, and are imported by none of them ...
-EXCEPTIONS = {("check", "testing")}  # ... but for this one
+EXCEPTIONS = {("instruments.check", "instruments.testing")}  # ... but for this one
+# Notebook and module share a name wherever both are good names for it.
+OTHER_NAMES = {
+    "02_multi_head": "head_list",
+    "03_weight_split": "layer",
+    "04a_layouts": "dialects",
+    "10b_decoding": "cache_size",
+    "12b_softmax": "merging",
+    "21_pretrained": "encoder",
+    "99_api": "__init__",
+}
 LIMITS = {"function": 20, "class": 80, "module": 300}
 HEAVY = ("matplotlib", "triton")
 MODULES_BEYOND_TORCH = 60  # how many modules of others `import mha_book` may load on top of torch's own two thousand
@@ -23,23 +37,27 @@ MODULES_BEYOND_TORCH = 60  # how many modules of others `import mha_book` may lo
 
 
 def exported_name(notebook: Path) -> str | None:
-    "What the notebook's `#| default_exp` says."
+    "What the notebook's `#| default_exp` says, `heads.layer` for instance."
     cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
     sources = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     found = (re.search(r"^#\|\s*default_exp\s+(\S+)", source, re.M) for source in sources)
     return next((match[1] for match in found if match), None)
 
 
-def numbers(folder: Path) -> dict[str, int]:
-    "The number of each module's notebook."
-    return {exported_name(path): int(path.name[:2]) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+def places(folder: Path) -> dict[str, str]:
+    "The file name of each module's notebook; sorted, these are the reading order."
+    return {
+        exported_name(path): path.stem for path in sorted(folder.glob("[0-9][0-9]*_*.ipynb")) if exported_name(path)
+    }
 
 
 def misnamed(folder: Path) -> list[str]:
-    "Notebooks NN_name.ipynb that export another module than `name` (99_api exports the package itself)."
-    special = {"99_api": "__init__"}
-    return [path.name for path in sorted(folder.glob("*.ipynb"))
-            if exported_name(path) != special.get(path.stem, path.stem[3:])]
+    "Notebooks NN_name.ipynb or NNa_name.ipynb that export another module than `name`, in whichever folder."
+    return [
+        stem
+        for module, stem in places(folder).items()
+        if module.rpartition(".")[2] != OTHER_NAMES.get(stem, stem.split("_", 1)[1])
+    ]
 
 
 def write_notebook(path: Path, module: str) -> None:
@@ -53,68 +71,147 @@ def test_notebooks_export_the_module_they_are_named_after():
 
 
 def test_misnamed_notebook_is_seen(tmp_path):
-    write_notebook(tmp_path / "01_head.ipynb", "head")
-    write_notebook(tmp_path / "02_heads.ipynb", "many")
+    write_notebook(tmp_path / "01_head.ipynb", "heads.head")
+    write_notebook(tmp_path / "02b_heads.ipynb", "heads.many")
     write_notebook(tmp_path / "99_api.ipynb", "__init__")
-    assert misnamed(tmp_path) == ["02_heads.ipynb"]
-    assert numbers(tmp_path) == {"head": 1, "many": 2, "__init__": 99}
+    assert misnamed(tmp_path) == ["02b_heads"]
+    assert places(tmp_path) == {"heads.head": "01_head", "heads.many": "02b_heads", "__init__": "99_api"}
 
 
 # Who imports whom
 
 
-def own_imports(source: str, modules) -> set[str]:
-    "The package's own modules that this source imports, at its top or inside a function."
+def modules(package: Path) -> list[str]:
+    "All modules of the package by their dotted names; nbdev's index and the folders' own files apart."
+    names = (path.relative_to(package).with_suffix("").as_posix().replace("/", ".") for path in package.rglob("*.py"))
+    return sorted(name for name in names if name != "_modidx" and not name.endswith(".__init__"))
+
+
+def own_imports(source: str, name: str, known) -> set[str]:
+    "The package's own modules that module `name` imports, at its top or inside a function."
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ("mha_book." if node.level else "") + (node.module or "")
-            names = [f"{base.rstrip('.')}.{alias.name}" for alias in node.names]
+            inside = ["mha_book", *name.split(".")[:-1]]  # the folder that one dot means
+            base = ".".join(inside[: len(inside) + 1 - node.level]) if node.level else ""
+            names = [".".join(filter(None, (base, node.module, alias.name))) for alias in node.names]
         else:
             continue
-        parts = [name.split(".") for name in names if name.split(".")[0] == "mha_book"]
-        found |= {part[1] if len(part) > 1 and part[1] in modules else "__init__" for part in parts}
+        for parts in (full.split(".")[1:] for full in names if full.split(".")[0] == "mha_book"):
+            module = next((".".join(parts[:k]) for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in known), None)
+            found.add(module or "__init__")
     return found
 
 
-def out_of_order(package: Path, number: dict[str, int]) -> list[str]:
-    "Imports of a module that the reader has not read yet, and a chapter's imports of helpers."
-    faults = []
-    for name in sorted(number):
-        for other in sorted(own_imports((package / f"{name}.py").read_text(encoding="utf8"), number)):
-            later = (number[other], other) >= (number[name], name)  # those that share a number: by name
-            helper = number[name] < HELPERS <= number[other]
-            if (later or helper) and (name, other) not in EXCEPTIONS:
-                faults.append(f"{number[name]:02}_{name} imports {number[other]:02}_{other}")
-    return faults
+def room(module: str) -> int:
+    "The place of a module's folder; what stands beside the folders comes after all of them."
+    folder = module.rpartition(".")[0]
+    return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+
+def is_wrong(name: str, other: str, place: dict[str, str]) -> bool:
+    "Whether module `name` must not import module `other`."
+    folders = name.rpartition(".")[0], other.rpartition(".")[0]
+    if folders in STRANGERS or room(other) > room(name) or (name, other) in EXCEPTIONS:
+        return (name, other) not in EXCEPTIONS
+    here, there = place.get(name), place.get(other)  # a plain module has no notebook
+    if here is None or there is None:
+        return False
+    helper = int(here[:2]) < HELPERS <= int(there[:2])
+    return helper or room(other) == room(name) and there >= here
+
+
+def out_of_order(package: Path, place: dict[str, str]) -> list[str]:
+    "Imports of a folder further down, of what the reader has not read yet, and a chapter's imports of helpers."
+    known = modules(package)
+    imports = {
+        name: own_imports((package / f"{name.replace('.', '/')}.py").read_text(encoding="utf8"), name, known)
+        for name in known
+    }
+    return [
+        f"{name} imports {other}"
+        for name in known
+        for other in sorted(imports[name])
+        if name != "__init__" and is_wrong(name, other, place)
+    ] + circles(imports)
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    "Modules that come back to themselves, import by import."
+
+    def reached(name, seen):
+        for other in imports.get(name, set()) - seen:
+            seen.add(other)
+            reached(other, seen)
+        return seen
+
+    return [f"{name} imports itself, by way of others" for name in imports if name in reached(name, set())]
 
 
 def test_import_order_is_reading_order():
-    assert out_of_order(PACKAGE, numbers(ROOT / "nbs")) == []
+    assert out_of_order(PACKAGE, places(ROOT / "nbs")) == []
 
 
-@pytest.mark.parametrize("name, source, caught", [
-    ("two", "from .one import f", False),
-    ("two", "import mha_book.one", False),
-    ("two", "from .twice import f", False),
-    ("twice", "from .two import f", True),
-    ("check", "from .testing import f", False),
-    ("testing", "from .check import f", False),
-    ("one", "from .two import f", True),
-    ("one", "def g():\n    from mha_book.two import f", True),
-    ("one", "from . import two", True),
-    ("one", "from mha_book import f", True),
-    ("one", "import mha_book", True),
-    ("two", "from .testing import f", True),
-    ("testing", "from . import f", True),
-])
+def test_every_folder_of_the_package_has_a_place():
+    assert {module.rpartition(".")[0] for module in modules(PACKAGE)} == {"", *FOLDERS}
+    assert {module for module in modules(PACKAGE) if "." not in module} == {"__init__", "figures"}
+
+
+PLACE = {
+    "heads.one": "01_one",
+    "heads.two": "02a_two",
+    "heads.twice": "02b_twice",
+    "plugs.plug": "10_plug",
+    "instruments.check": "25_check",
+    "instruments.testing": "91_testing",
+    "lab.proof": "22_proof",
+    "bench.first": "91_first",
+    "__init__": "99_api",
+}
+
+
+@pytest.mark.parametrize(
+    "name, source, caught",
+    [
+        ("heads.two", "from .one import f", False),
+        ("heads.two", "import mha_book.heads.one", False),
+        ("heads.twice", "from .two import f", False),
+        ("plugs.plug", "from ..heads.one import f", False),
+        ("lab.proof", "from ..plugs import plug", False),
+        ("instruments.check", "from .testing import f", False),
+        ("bench.first", "from ..instruments.testing import f", False),
+        ("heads.two", "from .twice import f", True),
+        ("heads.one", "from .two import f", True),
+        ("heads.one", "def g():\n    from mha_book.heads.two import f", True),
+        ("heads.one", "from . import two", True),
+        ("heads.one", "from ..plugs.plug import f", True),
+        ("plugs.plug", "from ..lab import proof", True),
+        ("plugs.plug", "from ..instruments.check import f", True),
+        ("instruments.check", "from mha_book.plugs.plug import f", True),
+        ("instruments.testing", "from .check import f", True),
+        ("lab.proof", "from ..instruments.testing import f", True),
+        ("heads.one", "from mha_book import f", True),
+        ("heads.one", "import mha_book", True),
+        ("bench.first", "from .. import f", True),
+    ],
+)
 def test_bad_order_is_seen(tmp_path, name, source, caught):
-    number = {"one": 1, "twice": 2, "two": 2, "check": 25, "testing": 91, "__init__": 99}
-    for module in number:
-        (tmp_path / f"{module}.py").write_text(source if module == name else "import torch\n")
-    assert bool(out_of_order(tmp_path, number)) == caught
+    for module in PLACE:
+        path = tmp_path / f"{module.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source if module == name else "import torch\n")
+    assert bool(out_of_order(tmp_path, PLACE)) == caught
+
+
+def test_a_circle_of_plain_modules_is_seen(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for name, other in zip("abc", "bca"):
+        (tmp_path / "bench" / f"{name}.py").write_text(f"from .{other} import f\n")
+    assert len(out_of_order(tmp_path, {})) == 3
+    (tmp_path / "bench" / "c.py").write_text("import torch\n")
+    assert out_of_order(tmp_path, {}) == []
 
 
 # How much there is
@@ -139,8 +236,10 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 def too_large(source: str, name: str) -> list[str]:
     "What in a module is longer than its limit. A signature, with a line an argument, is documentation: not counted."
-    lines, kinds = code_lines(source), {ast.FunctionDef: "function", ast.AsyncFunctionDef: "function",
-                                        ast.ClassDef: "class"}
+    lines, kinds = (
+        code_lines(source),
+        {ast.FunctionDef: "function", ast.AsyncFunctionDef: "function", ast.ClassDef: "class"},
+    )
     sizes = [("module", name, len(lines))]
     for node in ast.walk(ast.parse(source)):
         if kind := kinds.get(type(node)):
@@ -149,10 +248,10 @@ def too_large(source: str, name: str) -> list[str]:
     return [f"{kind} {what}: {size} lines of {LIMITS[kind]}" for kind, what, size in sizes if size > LIMITS[kind]]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_sizes(path):
-    if path.stem != "_modidx":  # nbdev's index
-        assert too_large(path.read_text(encoding="utf8"), path.stem) == []
+@pytest.mark.parametrize("module", modules(PACKAGE))
+def test_sizes(module):
+    source = (PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf8")
+    assert too_large(source, module) == []
 
 
 def body(lines: int, indent: str = "    ") -> str:
@@ -160,16 +259,19 @@ def body(lines: int, indent: str = "    ") -> str:
     return "".join(f"{indent}# why\n\n{indent}x{i} = (\n{indent}  {i})\n" for i in range(lines // 2))
 
 
-@pytest.mark.parametrize("source, caught", [
-    ('def f():\n    """Long\n\n    story."""\n' + body(20), None),
-    ("def f(\n    a,  # first\n):\n" + body(20), None),
-    ("def f():\n" + body(22), "function"),
-    ("class C:\n    def f(self):\n" + body(22, " " * 8), "function"),
-    ("class C:\n" + body(78), None),
-    ("class C:\n" + body(80), "class"),
-    (body(300, ""), None),
-    (body(302, ""), "module"),
-])
+@pytest.mark.parametrize(
+    "source, caught",
+    [
+        ('def f():\n    """Long\n\n    story."""\n' + body(20), None),
+        ("def f(\n    a,  # first\n):\n" + body(20), None),
+        ("def f():\n" + body(22), "function"),
+        ("class C:\n    def f(self):\n" + body(22, " " * 8), "function"),
+        ("class C:\n" + body(78), None),
+        ("class C:\n" + body(80), "class"),
+        (body(300, ""), None),
+        (body(302, ""), "module"),
+    ],
+)
 def test_large_code_is_seen(source, caught):
     found = too_large(source, "m")
     assert [line.split()[0] for line in found] == ([caught] if caught else [])
@@ -203,8 +305,9 @@ def test_import_is_cheap():
     assert costly(loaded_beyond_torch(ROOT)) == []
 
 
-@pytest.mark.parametrize("line, caught", [("import jaxtyping", False), ("import matplotlib", True),
-                                          ("import torch._dynamo", True)])
+@pytest.mark.parametrize(
+    "line, caught", [("import jaxtyping", False), ("import matplotlib", True), ("import torch._dynamo", True)]
+)
 def test_costly_import_is_seen(tmp_path, line, caught):
     (tmp_path / "mha_book").mkdir()
     (tmp_path / "mha_book" / "__init__.py").write_text(line + "\n")

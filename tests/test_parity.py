@@ -2,17 +2,18 @@
 
 Every pair of choices meets in some case. All combinations: `make parity` (an hour or two).
 """
+
 import os
 from functools import partial
 
 import pytest
 import torch
-from pairs import every_pair, full_grid
 
 from mha_book import MultiHeadAttention, fused_attend
-from mha_book.backends import BACKENDS, attention
-from mha_book.single_head import attention as definition
-from mha_book.testing import SIZES, assert_as_exact, reference_attention
+from mha_book.heads.single_head import plain_attention as definition
+from mha_book.instruments.testing import SIZES, assert_as_exact, reference_attention
+from mha_book.kernels.backends import BACKENDS, attention
+from support.pairs import every_pair, full_grid
 
 s = SIZES
 CHOICES = {
@@ -31,7 +32,7 @@ CHOICES = {
     "layout": ["contiguous", "tokens first"],
 }
 CASES = full_grid(CHOICES) if os.environ.get("MHA_FULL_GRID") else every_pair(CHOICES) + every_pair(CHOICES, seed=1)
-EXTRAS = "window", "softcap", "sinks"          # options that came with chapter 7
+EXTRAS = "window", "softcap", "sinks"  # options that came with chapter 7
 
 
 def implementation(case):
@@ -76,7 +77,7 @@ def outcome(attend, heads, options, dtype, upstream):
     learned = [name for name in ("bias", "sinks") if name in options]
     leaves = [t.to(dtype).requires_grad_() for t in [*heads, *(options[name] for name in learned)]]
     out = attend(*leaves[:3], **options | dict(zip(learned, leaves[3:])))
-    if not out.requires_grad:                                 # nothing was visible, so the loop touched nothing
+    if not out.requires_grad:  # nothing was visible, so the loop touched nothing
         return [out, *map(torch.zeros_like, leaves)]
     grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
     return [out, *(torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves))]
@@ -99,7 +100,7 @@ def test_parity(case):
     plainly = definition if case["attend"] in ("definition", "fused_attend") else partial(attention, impl="math")
     exact = outcome(reference_attention, heads, options, torch.float64, upstream)
     plain = outcome(plainly, heads, options, case["dtype"], upstream)
-    with torch.set_grad_enabled(case["attend"] != "flex"):    # which has no backward pass on a CPU
+    with torch.set_grad_enabled(case["attend"] != "flex"):  # which has no backward pass on a CPU
         got = (outcome if torch.is_grad_enabled() else outputs)(attend, heads, options, case["dtype"], upstream)
     sizes = [heads[2].abs().max(), *[max(g.detach().abs().max() for g in exact[1:])] * (len(exact) - 1)]
     for mine, true, simple, size in zip(got, exact, plain, sizes):
@@ -126,8 +127,12 @@ def test_every_pair_is_covered():
 
 
 LAYERS = {
-    "groups": [6, 3, 1], "context": ["none", "same width", "another width"], "bias": [True, False],
-    "norm": [None, torch.nn.RMSNorm], "is_causal": [False, True], "padding": [False, True],
+    "groups": [6, 3, 1],
+    "context": ["none", "same width", "another width"],
+    "bias": [True, False],
+    "norm": [None, torch.nn.RMSNorm],
+    "is_causal": [False, True],
+    "padding": [False, True],
     "dtype": [torch.float64, torch.float32],
 }
 
@@ -135,8 +140,17 @@ LAYERS = {
 @pytest.mark.parametrize("case", every_pair(LAYERS), ids=name_of)
 def test_the_layer_is_projections_and_the_loop(case):
     width = {"none": None, "same width": s.e, "another width": 11}[case["context"]]
-    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=case["groups"], head_dim=s.d, out_dim=13, bias=case["bias"],
-                               qk_norm=case["norm"], context_dim=11 if width == 11 else None, dtype=torch.float64)
+    layer = MultiHeadAttention(
+        s.e,
+        s.h,
+        num_kv_heads=case["groups"],
+        head_dim=s.d,
+        out_dim=13,
+        bias=case["bias"],
+        qk_norm=case["norm"],
+        context_dim=11 if width == 11 else None,
+        dtype=torch.float64,
+    )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(s.b, s.n, s.e, dtype=torch.float64)
@@ -145,8 +159,12 @@ def test_the_layer_is_projections_and_the_loop(case):
     padding = torch.arange(tokens.shape[1]) < torch.tensor([[3], [9]]) if case["padding"] else None
     expected = by_hand(layer, x, tokens, padding, case["is_causal"])
     layer = layer.to(case["dtype"])
-    got = layer(x.to(case["dtype"]), None if context is None else context.to(case["dtype"]), key_padding_mask=padding,
-                is_causal=case["is_causal"])
+    got = layer(
+        x.to(case["dtype"]),
+        None if context is None else context.to(case["dtype"]),
+        key_mask=padding,
+        is_causal=case["is_causal"],
+    )
     torch.testing.assert_close(got.double(), expected, atol=1e-12 if case["dtype"] == torch.float64 else 1e-4, rtol=0)
 
 
@@ -155,16 +173,20 @@ def by_hand(layer, x, tokens, padding, is_causal):
     stacked = [p for p in (layer.in_proj, layer.context_proj) if p is not None]
     rows = [row for p in stacked for row in p.weight]
     biases = [b for p in stacked for b in (p.bias if p.bias is not None else torch.zeros(len(p.weight), dtype=x.dtype))]
+
     def head(part, i, inputs):
         chosen = range(len(rows))[layer.layout.rows(part, i)]
         return torch.stack([inputs @ rows[r] + biases[r] for r in chosen], dim=-1)
+
     h, g, d = layer.layout
     q = torch.stack([head("q", i, x) for i in range(h)], dim=1)
     k, v = (torch.stack([head(part, i, tokens) for i in range(g)], dim=1) for part in "kv")
     if layer.q_norm is not None:
+
         def normed(t, norm):
             size = (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt()
             return t / size * norm.weight
+
         q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
     mask = None if padding is None else padding[:, None, None]
     y = reference_attention(q, k, v, mask=mask, is_causal=is_causal)

@@ -1,15 +1,16 @@
 """Properties that hold for any sizes and options, tried on many by hypothesis."""
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mha_book import MultiHeadAttention, fused_attend, merge_heads, pad_heads, split_heads
-from mha_book.single_head import attention, attention_weights
-from mha_book.testing import reference_attention
+from mha_book.heads.single_head import plain_attention, plain_attention_weights
+from mha_book.instruments.testing import reference_attention
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("book")
-KERNELS = st.sampled_from([attention, fused_attend])
+KERNELS = st.sampled_from([plain_attention, fused_attend])
 
 
 @st.composite
@@ -49,7 +50,7 @@ def test_grouped_heads_are_repeated_heads(problem, attend):
 @given(problems())
 def test_weights_are_positive_and_sum_to_one(problem):
     q, k, _, mask = problem
-    weights = attention_weights(q, k, mask=mask)
+    weights = plain_attention_weights(q, k, mask=mask)
     assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert weights.min() >= 0 and weights.masked_select(~mask.expand_as(weights)).abs().sum() == 0
 
@@ -101,7 +102,7 @@ def test_causal_queries_see_exactly_their_past(problem, attend):
     n, m = q.shape[2], k.shape[2]
     out = attend(q, k, v, is_causal=True)
     for i in range(n):
-        touched, = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
+        (touched,) = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
         seen = (touched.abs().amax((0, 1, 3)) > 0).tolist()
         assert seen == [j <= m - n + i for j in range(m)]
 
@@ -124,7 +125,7 @@ def test_memory_layout_does_not_matter(problem, attend):
 @given(problems(), KERNELS)
 def test_sentences_do_not_see_each_other(problem, attend):
     q, k, v, mask = problem
-    one_by_one = [attend(q[i:i + 1], k[i:i + 1], v[i:i + 1], mask=mask[i:i + 1]) for i in range(len(q))]
+    one_by_one = [attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], mask=mask[i : i + 1]) for i in range(len(q))]
     assert_close(torch.cat(one_by_one), attend(q, k, v, mask=mask))
 
 
@@ -136,7 +137,7 @@ def test_empty_axes_are_allowed(problem, attend, empty):
     elif empty == 1:
         assert attend(q[:, :, :0], k, v).shape == q[:, :, :0].shape
     else:
-        assert attend(q, k[:, :, :0], v[:, :, :0]).abs().sum() == 0         # no keys: nothing to see, so 0
+        assert attend(q, k[:, :, :0], v[:, :, :0]).abs().sum() == 0  # no keys: nothing to see, so 0
 
 
 @given(problems(), KERNELS)
@@ -175,7 +176,7 @@ def test_padded_heads_are_inert_and_stay_so(problem, more, is_causal):
     for part, first, count in (("q", h, h + more * (h // g)), ("k", g, g + more), ("v", g, g + more)):
         for head in range(first, count):
             assert wide.in_proj.weight.grad[wide.layout.rows(part, head)].abs().max() == 0
-    assert wide.out_proj.weight.grad[:, layer.out_proj.in_features:].abs().max() == 0
+    assert wide.out_proj.weight.grad[:, layer.out_proj.in_features :].abs().max() == 0
 
 
 @given(layers(), st.randoms())

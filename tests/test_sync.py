@@ -1,4 +1,5 @@
 """The package is what the notebooks export, the wheel is what settings.ini says, and the notebooks are clean."""
+
 import ast
 import email
 import filecmp
@@ -18,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 EXPORT = "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"
 
 
@@ -57,12 +58,15 @@ def test_package_is_the_export(fresh_export):
 def test_drift_is_seen(fresh_export, tmp_path):
     package = tmp_path / "mha_book"
     shutil.copytree(fresh_export, package)
-    (package / "orphan.py").touch()
-    (package / "single_head.py").unlink()
+    (package / "heads" / "orphan.py").touch()
+    (package / "heads" / "single_head.py").unlink()
     with (package / "__init__.py").open("a") as file:
         file.write("# by hand\n")
     assert drift(fresh_export, package) == {
-        "missing": ["single_head.py"], "orphaned": ["orphan.py"], "changed": ["__init__.py"]}
+        "missing": ["heads/single_head.py"],
+        "orphaned": ["heads/orphan.py"],
+        "changed": ["__init__.py"],
+    }
 
 
 def escapes(source: str) -> list[str]:
@@ -74,7 +78,7 @@ def escapes(source: str) -> list[str]:
     return [str(warning.message) for warning in caught] + [text for text in texts if re.search(r"[\a\b\f\t\v]", text)]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mha_book").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "mha_book").rglob("*.py")), ids=lambda path: path.stem)
 def test_no_stray_escapes(path):
     assert escapes(path.read_text(encoding="utf8")) == []
 
@@ -97,8 +101,11 @@ def build_wheel(source: Path, target: Path) -> Path:
     "Build a project's wheel with the tools that are installed, from a copy, so that nothing is left behind."
     copy = target / "source"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".*", "_build", "build", "dist", "*.egg-info", "nbs"))
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", target / "dist", copy],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", target / "dist", copy],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return next((target / "dist").glob("*.whl"))
 
 
@@ -137,8 +144,10 @@ def test_wheel_metadata_is_settings(wheel):
     assert meta["Requires-Python"] == ">=" + want["min_python"]
     assert (meta["License-Expression"], want["license"]) == ("Apache-2.0", "apache2")
     extras = {key.removesuffix("_requirements"): text for key, text in want.items() if key.endswith("_requirements")}
-    expected = {extra: {plain(line) for line in text.split("\n") if line.strip()}
-                for extra, text in {"": want["requirements"], **extras}.items()}
+    expected = {
+        extra: {plain(line) for line in text.split("\n") if line.strip()}
+        for extra, text in {"": want["requirements"], **extras}.items()
+    }
     assert requirements(meta) == expected
 
 
@@ -172,13 +181,21 @@ def import_alone(place: Path) -> subprocess.CompletedProcess:
     "Import the package that lies in `place`, in a Python that has only what settings.ini requires."
     names = [Requirement(line).name for line in settings()["requirements"].split("\n") if line.strip()]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([sys.executable, ROOT / "tests" / "import_alone.py", place, *names], cwd=place,
-                          env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "import_alone.py", place, *names],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_installed_wheel_needs_only_its_requirements(wheel, tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path,
-                    wheel], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path, wheel],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
     done = import_alone(tmp_path)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)

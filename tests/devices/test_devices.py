@@ -1,0 +1,752 @@
+"""Nothing lives on a device that nobody asked for: the package on the meta device, and package and pages on a simulated
+GPU. `make test-devices` runs the pages as well."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import on_simulated_gpu
+import pytest
+import simulated_gpu
+import torch
+from simulated_gpu import tensors_in
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mha_book
+import mha_book.kernels.flex  # noqa: F401  enters its backend
+from mha_book.heads import single_head
+from mha_book.heads.dialects import DIALECTS
+from mha_book.heads.layer import HeadLayout, MultiHeadAttention
+from mha_book.heads.masks import convert_mask
+from mha_book.instruments import dispatch
+from mha_book.instruments.testing import SIZES
+from mha_book.kernels import backends
+from mha_book.lab.nine_ways import NINE_WAYS
+from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+
+ROOT = Path(__file__).resolve().parents[2]
+s = SIZES
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, which nothing needs to simulate")
+
+
+# --- the simulated GPU notices --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu():
+    with simulated_gpu.simulated_gpu() as mode:
+        yield mode
+
+
+def table_plug(q, k, *, offset):
+    "Positions whose table was made wherever tensors are made by default."
+    table = torch.arange(q.shape[2], dtype=q.dtype)[:, None]
+    return q * table, k * table
+
+
+def causal_here(q, k, v, **options):
+    "A mask that was made on the default device."
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def layer_of(device, **options):
+    options = dict(num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64) | options
+    return MultiHeadAttention(s.e, s.h, **options)
+
+
+def tokens(device, n=s.n, width=s.e):
+    return torch.randn(s.b, n, width, device=device, dtype=torch.float64)
+
+
+MIXES = {
+    "product": (lambda x, c: x @ c, "same device"),
+    "sum": (lambda x, c: x + c, "same device"),
+    "written into": (lambda x, c: c.add_(x), "same device"),
+    "one of a list": (lambda x, c: torch.cat([x, x, c]), "same device"),
+    "scalars side by side": (lambda x, c: torch.stack([x[0, 0], c[0, 0]]), "same device"),
+    "total on the CPU": (lambda x, c: torch.tensor(0.0).add_(x[0, 0]), "write to CPU scalar"),
+    "comparison": (lambda x, c: torch.allclose(x, c), "same device"),
+    "mask": (lambda x, c: x.masked_fill(c > 0, 0.0), "same device"),
+    "index": (lambda x, c: c[x > 0], "indices"),
+    "indexed write": (lambda x, c: x.__setitem__(x > 0, c.flatten()), "same device"),
+    "arange in a function": (lambda x, c: x * torch.arange(3), "same device"),
+    "module": (lambda x, c: nn.Linear(3, 3)(x), "same device"),
+    "embedding": (lambda x, c: nn.Embedding(3, 2)(torch.zeros(3, dtype=torch.long, device="cuda")), "same device"),
+    "where": (lambda x, c: torch.where(x > 0, c, x), "same device"),
+    "loss": (lambda x, c: nn.functional.cross_entropy(x, torch.zeros(3, dtype=torch.long)), "same device"),
+    "gradient": (lambda x, c: (x.requires_grad_() * 2).backward(c), "same device"),
+    "compiled": (lambda x, c: torch.compile(torch.add)(x, c), "same device"),
+    "numpy": (lambda x, c: x.numpy(), "to numpy"),
+    "numpy, unasked": (lambda x, c: __import__("numpy").asarray(x), "to numpy"),
+    "generator": (lambda x, c: torch.randn(3, device="cuda", generator=torch.Generator()), "generator"),
+    "a second GPU": (lambda x, c: x.to("cuda:1"), "ordinal"),
+    "integers": (lambda x, c: x.long() @ x.long(), "not implemented"),
+    "position table": (lambda x, c: layer_of("cuda", position=table_plug)(tokens("cuda")), "same device"),
+    "mask in a plug": (lambda x, c: layer_of("cuda", attend=causal_here)(tokens("cuda")), "same device"),
+    "vmap": (lambda x, c: torch.func.vmap(lambda row: row + torch.ones(3))(x), "same device"),
+}
+
+
+@no_gpu
+@pytest.mark.parametrize("name", MIXES)
+def test_two_devices_in_one_call_are_refused(gpu, name):
+    mix, message = MIXES[name]
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        mix(torch.randn(3, 3, device="cuda"), torch.randn(3, 3))
+
+
+FINE = {
+    "CPU scalar": lambda x, c: x * torch.tensor(2.0),
+    "CPU index": lambda x, c: x[torch.tensor([2, 0])],
+    "CPU mask as index": lambda x, c: x[c > 0],
+    "copy_": lambda x, c: x.copy_(c),
+    "row written": lambda x, c: (x.__setitem__(1, c[1]), x)[1],
+    "moved by name": lambda x, c: c.to("cuda") + x,
+    "moved to another's": lambda x, c: c.to(x) + x,
+    "moved by cuda()": lambda x, c: c.cuda() @ x,
+    "like": lambda x, c: x + torch.zeros_like(x) + x.new_ones(3),
+    "as_tensor": lambda x, c: torch.as_tensor(c, device="cuda") + x,
+    "view": lambda x, c: x.T[1:].unflatten(1, (3, 1)),
+    "parameter": lambda x, c: nn.Parameter(x) @ x,
+    "module": lambda x, c: nn.Linear(3, 3).to("cuda")(x),
+    "copy of a module": lambda x, c: copy.deepcopy(nn.Linear(3, 3, device="cuda"))(x),
+    "generator": lambda x, c: torch.randn(3, device="cuda", generator=torch.Generator("cuda")) + x,
+    "default device": lambda x, c: (torch.set_default_device("cuda"), torch.arange(3) + x)[1],
+    "default in a block": lambda x, c: torch.device("cuda").__enter__() and torch.arange(3) + x,
+    "gradient": lambda x, c: torch.autograd.grad((x.requires_grad_() ** 2).sum(), x)[0],
+    "gradient through the CPU": lambda x, c: torch.autograd.grad((x.requires_grad_().cpu() ** 2).sum(), x)[0],
+    "accumulated": lambda x, c: ((x.requires_grad_() ** 2).sum().backward(), x.grad)[1],
+    "vmap": lambda x, c: torch.func.vmap(lambda row: row + torch.ones(3, device="cuda"))(x),
+    "compiled": lambda x, c: torch.compile(torch.add)(x, x),
+    "dropout": lambda x, c: nn.functional.dropout(x),
+    "reduced": lambda x, c: x.sum() + x.amax(0),
+}
+
+
+@no_gpu
+@pytest.mark.parametrize("name", FINE)
+def test_what_cuda_allows_works_and_stays_on_the_gpu(gpu, name):
+    x, c = torch.randn(3, 3, device="cuda"), torch.randn(3, 3)
+    result = FINE[name](x, c)
+    assert result.device == torch.device("cuda:0") and result.is_cuda and not c.is_cuda
+    assert not result.detach().cpu().is_cuda and result.detach().cpu().numpy().shape == result.shape
+
+
+@no_gpu
+def test_numbers_are_those_of_the_cpu(gpu):
+    layer, x = layer_of("cpu"), tokens("cpu").requires_grad_()
+    here = layer(x, is_causal=True)
+    here.square().sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters()]
+    moved, y = copy.deepcopy(layer).cuda(), x.detach().cuda().requires_grad_()
+    moved.zero_grad()
+    there = moved(y, is_causal=True)
+    there.square().sum().backward()
+    assert there.is_cuda and y.grad.is_cuda and not x.grad.is_cuda and torch.equal(there.cpu(), here)
+    assert torch.equal(y.grad.cpu(), x.grad)
+    assert all(p.grad.is_cuda and torch.equal(p.grad.cpu(), g) for p, g in zip(moved.parameters(), grads))
+
+
+@no_gpu
+def test_the_gpu_draws_its_own_numbers_and_repeats_them(gpu):
+    torch.manual_seed(3)
+    first, here = torch.randn(5, device="cuda"), torch.randn(5)
+    assert not torch.equal(first.cpu(), here) and not torch.equal(torch.randn(5, device="cuda"), first)
+    torch.manual_seed(3)
+    assert torch.equal(torch.randn(5), here) and torch.equal(torch.randn(5, device="cuda"), first)
+
+
+@no_gpu
+def test_memory_is_counted(gpu):
+    before = torch.cuda.memory_allocated()
+    x = torch.ones(1000, device="cuda")
+    assert torch.cuda.memory_allocated() - before == x.nbytes == x[1:].untyped_storage().nbytes()
+    y = x + x
+    del x, y
+    assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + 8000
+
+
+@no_gpu
+def test_afterwards_all_is_as_before():
+    with simulated_gpu.simulated_gpu():
+        torch.set_default_device("cuda")
+        assert torch.cuda.is_available() and torch.ones(1).is_cuda
+    assert not torch.cuda.is_available() and torch.get_default_device().type == torch.ones(1).device.type == "cpu"
+
+
+# --- the package, on the meta device and on the simulated GPU -------------------------------------------------------
+
+
+class OnlyOn(TorchDispatchMode):
+    "Fails at the first operation that reads or makes a tensor on another device."
+
+    def __init__(self, device_type):
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = {t.device.type for t in tensors_in([args, kwargs or {}, result])}
+        assert found <= {self.device_type}, f"{func} met {', '.join(found)}; only {self.device_type} was asked for"
+        return result
+
+
+def heads(device, groups=s.g, dv=s.dv):
+    shapes = (s.b, s.h, s.n, s.d), (s.b, groups, s.m, s.d), (s.b, groups, s.m, dv)
+    return [torch.randn(shape, device=device, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def bits(*shape, device):
+    return torch.rand(*shape, device=device) < 0.7
+
+
+def turn(q, k, *, offset):
+    "A position plug as RoPE is: a table of angles, made where the queries are."
+    place = torch.arange(q.shape[2], device=q.device)[:, None] + offset
+    angles = torch.cat([place * 0.1 ** torch.arange(s.d // 2, device=q.device)] * 2, dim=-1)
+    half = lambda t: torch.cat([-t[..., s.d // 2 :], t[..., : s.d // 2]], dim=-1)  # noqa: E731
+    return tuple(t * angles.cos() + half(t) * angles.sin() for t in (q, k))
+
+
+class GrowingCache:
+    "Keeps everything."
+
+    kept, seen = None, 0
+
+    def append(self, k, v):
+        old = self.kept or (k[:, :, :0], v[:, :, :0])
+        self.pending = torch.cat([old[0], k], dim=2), torch.cat([old[1], v], dim=2)
+        return *self.pending, None
+
+    def commit(self):
+        self.kept, self.seen = self.pending, self.pending[0].shape[2]
+
+
+SHARED = {  # options of every attention
+    "plain": lambda d: {},
+    "causal": lambda d: dict(is_causal=True),
+    "mask m": lambda d: dict(mask=bits(s.m, device=d)),
+    "mask h n m, causal": lambda d: dict(mask=bits(s.h, s.n, s.m, device=d), is_causal=True),
+    "bias": lambda d: dict(bias=torch.randn(s.h, s.n, s.m, device=d)),
+    "bias, mask, causal, scale": lambda d: dict(
+        bias=torch.randn(s.m, device=d), mask=bits(s.b, 1, s.n, s.m, device=d), is_causal=True, scale=-0.3
+    ),
+}
+NEWER = {  # options that chapter 7 adds
+    "window": lambda d: dict(window=3),
+    "window, sinks": lambda d: dict(window=(2, 1), sinks=torch.randn(s.h, device=d)),
+    "sinks, causal": lambda d: dict(sinks=torch.randn(s.h, device=d), is_causal=True),
+    "sinks, mask, bias": lambda d: dict(
+        sinks=torch.randn(s.h, device=d), mask=bits(s.n, s.m, device=d), bias=torch.randn(s.m, device=d)
+    ),
+}
+SOFTCAP = {"softcap, window": lambda d: dict(softcap=1.5, window=(None, 2), is_causal=True)}
+DROPOUT = {"dropout": lambda d: dict(dropout_p=0.5)}
+ALL = SHARED | NEWER | SOFTCAP | DROPOUT
+CASES = {}  # "public name: what is special" -> a function of the device that gives tensors, or layers, or dicts
+
+
+def enter(name, act, variants):
+    "A case for each variant of the options."
+    CASES.update({f"{name}: {title}": partial(act, options=options) for title, options in variants.items()})
+
+
+def mixed(device, options, attend):
+    q, k, v = heads(device)
+    y = attend(q, k, v, **options(device))
+    return y, torch.autograd.grad(y.sum(), (q, k, v))
+
+
+def weighed(device, options, weights):
+    q, k, _ = heads(device)
+    return weights(q, k, **options(device))
+
+
+enter("attention, the definition", partial(mixed, attend=single_head.plain_attention), SHARED | DROPOUT)
+enter("fused_attend", partial(mixed, attend=single_head.fused_attend), SHARED | DROPOUT)
+enter("attention_weights, the definition", partial(weighed, weights=single_head.plain_attention_weights), SHARED)
+enter("attention_weights", partial(weighed, weights=backends.attention_weights), SHARED | NEWER | SOFTCAP)
+enter("attention", partial(mixed, attend=backends.attention), ALL)
+enter("attention, math", partial(mixed, attend=partial(backends.attention, impl="math")), ALL)
+enter("attention, sdpa", partial(mixed, attend=partial(backends.attention, impl="sdpa")), SHARED | NEWER | DROPOUT)
+
+
+def explained(device, options):
+    q, k, v = heads(device)
+    assert str(dispatch.explain_dispatch(q, k, v, **options(device))).startswith("runs ")
+    return q
+
+
+enter("explain_dispatch", explained, ALL)
+
+LAYERS = {  # options of the layer, and of its call
+    "plain": lambda d: ({}, {}),
+    "causal": lambda d: ({}, dict(is_causal=True)),
+    "no biases, out_dim": lambda d: (dict(bias=False, out_dim=13), {}),
+    "mask, bias, padding": lambda d: (
+        {},
+        dict(
+            mask=bits(s.n, s.n, device=d), bias=torch.randn(s.h, s.n, s.n, device=d), key_mask=bits(s.b, s.n, device=d)
+        ),
+    ),
+    "context": lambda d: ({}, dict(context=tokens(d, s.m), is_causal=True)),
+    "context_dim": lambda d: (
+        dict(context_dim=11),
+        dict(context=tokens(d, s.m, 11), key_mask=bits(s.b, s.m, device=d)),
+    ),
+    "qk_norm": lambda d: (dict(qk_norm=partial(nn.RMSNorm, device=d)), {}),
+    "position": lambda d: (dict(position=turn), {}),
+    "position, cache": lambda d: (dict(position=turn), dict(cache=GrowingCache(), is_causal=True)),
+    "definition plugged in": lambda d: (dict(attend=single_head.plain_attention), dict(is_causal=True)),
+    "window plugged in": lambda d: (dict(attend=partial(backends.attention, window=3, softcap=2.0)), {}),
+    "dropout": lambda d: (dict(dropout=0.4), {}),
+}
+
+
+def ran(device, options, method="forward"):
+    made, called = options(device)
+    layer, x = layer_of(device, **made), tokens(device)
+    y = getattr(layer, method)(x, **called)
+    y.sum().backward()
+    return layer, y, [p.grad for p in layer.parameters()]
+
+
+enter("MultiHeadAttention", ran, LAYERS)
+enter(
+    "MultiHeadAttention, its map",
+    partial(ran, method="attention_map"),
+    {name: LAYERS[name] for name in LAYERS if "window" not in name},
+)
+enter(
+    "pad_heads",
+    lambda device, options: mha_book.pad_heads(layer_of(device, **options(device)[0]), s.h + 4),
+    {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "context_dim")},
+)
+CASES |= {
+    "causal_mask": lambda device: mha_book.causal_mask(s.n, s.m, device),
+    "window_mask": lambda device: backends.window_mask(s.n, s.m, (2, 1), device),
+    "split_heads": lambda device: mha_book.split_heads(tokens(device, width=s.h * s.d), s.h),
+    "merge_heads": lambda device: mha_book.merge_heads(heads(device)[0]),
+    "AttentionHead": lambda device: mha_book.AttentionHead(s.e, s.d).to(device).double()(tokens(device)),
+    "HeadList": lambda device: (
+        mha_book.HeadList(s.e, s.h, s.d).to(device).double()(tokens(device), mask=bits(s.n, s.n, device=device))
+    ),
+    "MultiHeadAttention, saved and loaded": lambda device: (
+        layer := layer_of(device),
+        layer.load_state_dict(layer_of(device).state_dict()),
+    ),
+    "to_torch": lambda device: mha_book.to_torch(MultiHeadAttention(48, s.h, device=device)),
+    "to_torch: context_dim": lambda device: mha_book.to_torch(
+        MultiHeadAttention(48, s.h, context_dim=11, device=device)
+    ),
+    "from_torch": lambda device: mha_book.from_torch(nn.MultiheadAttention(48, s.h, batch_first=True, device=device)),
+    "from_torch: kdim": lambda device: mha_book.from_torch(
+        nn.MultiheadAttention(48, s.h, batch_first=True, kdim=11, vdim=11, device=device)
+    ),
+    "from_state_dict": lambda device: mha_book.from_state_dict(
+        dict(layer_of(device).named_parameters()), HeadLayout(s.h, s.g, s.d)
+    ),
+}
+
+
+def converted(device, options):
+    heads = HeadLayout(s.h, 1 if options == "multi_query" else s.h, s.d)
+    state = {name: p.detach() for name, p in layer_of(device, num_kv_heads=heads.num_kv_heads).named_parameters()}
+    there = mha_book.convert_weights(state, "stacked", options, heads)
+    assert options in mha_book.fitting_dialects(there, heads)
+    return there, mha_book.convert_weights(there, options, "stacked", heads)
+
+
+enter("convert_weights, fitting_dialects", converted, {name: name for name in DIALECTS})
+
+
+def in_two_parts(device, options):
+    q, k, v = heads(device)
+    parts = zip(*(mha_book.attention_with_lse(q, a, b) for a, b in zip(k.split(4, dim=2), v.split(4, dim=2))))
+    return mha_book.merge_attention(*parts), mha_book.attention_with_lse(q, k, v, **options(device))
+
+
+enter("attention_with_lse, merge_attention", in_two_parts, SHARED | NEWER | SOFTCAP)
+enter(
+    "head_statistics",
+    partial(weighed, weights=mha_book.head_statistics),
+    {name: SHARED[name] for name in ("plain", "causal", "mask h n m, causal", "bias")},
+)
+
+
+def held(device, options):
+    layer = layer_of(device, attend=options(s.h, device=device, dtype=torch.float64))
+    y = layer(tokens(device), is_causal=True)
+    y.sum().backward()
+    return layer, y
+
+
+ROPES = {
+    name: mha_book.RoPE(s.d, **options)
+    for name, options in {
+        "half-split": {},
+        "interleaved": dict(pairing="interleaved"),
+        "partial": dict(rotary_dim=4),
+        "RoPELinearScaling": dict(frequencies=mha_book.RoPELinearScaling(8)),
+        "RoPENTKScaling": dict(frequencies=mha_book.RoPENTKScaling(8)),
+        "RoPELlama3Scaling": dict(frequencies=mha_book.RoPELlama3Scaling(8, 32)),
+        "RoPEYaRNScaling": dict(frequencies=mha_book.RoPEYaRNScaling(8, 32)),
+    }.items()
+}
+
+
+def turned(device, options):
+    layer = layer_of(device, position=options)
+    k = heads(device)[1]
+    y = layer(tokens(device), is_causal=True, cache=GrowingCache())
+    y.sum().backward()
+    return y, options(k, k, offset=torch.arange(s.b, device=device)), [p.grad for p in layer.parameters()]
+
+
+enter("RoPE", turned, ROPES)
+enter(
+    "RelativeBias, ALiBi",
+    held,
+    dict(learned=mha_book.RelativeBias, fixed=lambda h, *, device, dtype: mha_book.ALiBi(h)),
+)
+
+
+def placed(device, options):
+    "Tokens that stand somewhere, row by row; for `LearnedPositions` and the waves."
+    table = mha_book.LearnedPositions(s.m, s.e, device=device, dtype=torch.float64)
+    offset = torch.zeros(s.b, dtype=torch.int64, device=device) if options else 2
+    y = table(tokens(device), offset=offset)
+    y.sum().backward()
+    return table, y, table.weight.grad, mha_book.sinusoidal_positions(torch.arange(s.n, device=device), s.e)
+
+
+enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
+enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+
+
+def gated(device):
+    layer = mha_book.GatedAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    return layer, layer(tokens(device), is_causal=True)
+
+
+def regrouped(device, options):
+    layer = layer_of(device, **options(device)[0])
+    few, many = mha_book.mean_kv_heads(layer, 1), mha_book.repeat_kv_heads(layer, s.h)
+    context = tokens(device, s.m, 11) if layer.context_proj is not None else None
+    return layer, few, many, [one(tokens(device), context) for one in (few, many)]
+
+
+def aligned(device, options):
+    layer = layer_of(device, **options(device)[0])
+    width = 11 if layer.context_proj is not None else s.e
+    by_rows, by_tokens = (mha_book.align_kv_heads(layer, 1, x) for x in (None, tokens(device, 20, width)))
+    eye = torch.eye(s.d, device=device, dtype=torch.float64).expand(s.g, -1, -1)
+    return layer, by_rows, by_tokens, mha_book.rotate_kv_heads(layer, eye, eye)
+
+
+some_layers = {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "context_dim")}
+enter("mean_kv_heads, repeat_kv_heads", regrouped, some_layers)
+enter("align_kv_heads, rotate_kv_heads", aligned, some_layers)
+enter("folded_attend", partial(mixed, attend=mha_book.folded_attend), SHARED | DROPOUT)
+CASES |= {
+    "GatedAttention": gated,
+    "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
+    "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+}
+
+
+def decoded(device, options, cached, real=None):
+    "A prompt and single tokens, with gradients and without; all that the cache holds."
+    layer = layer_of(device, position=turn_by_row)
+    cache = cached(device, **options)
+    rows = [
+        layer(
+            tokens(device, 3),
+            is_causal=True,
+            cache=cache,
+            key_mask=None if real is None else torch.tensor(real, device=device),
+        )
+    ]
+    with torch.no_grad():
+        rows += [layer(tokens(device, n), is_causal=True, cache=cache) for n in (1, 2, 1, 1)]
+    return rows, cache.k, cache.v, cache.seen, layer.attention_map(tokens(device, 2), cache=cache)
+
+
+def turn_by_row(q, k, *, offset):
+    "The plug above, for places that differ by row."
+    assert offset.device == q.device and offset.shape == (s.b,)
+    return turn(q, k, offset=offset[:, None, None, None])
+
+
+def slab(device, **options):
+    return mha_book.KVCache(s.b, s.g, 12, s.d, device=device, dtype=torch.float64, **options)
+
+
+def blocks(device):
+    pool = mha_book.BlockPool(12, 4, s.g, s.d, device=device, dtype=torch.float64)
+    return mha_book.PagedCache(pool, s.b)
+
+
+def reordered(device, cached):
+    cache = cached(device)
+    for rows in ([1, 1, 0], [0, 2]):
+        k, v = torch.randn(2, len(cache.seen), s.g, 3, s.d, device=device, dtype=torch.float64)
+        cache.append(k, v)
+        cache.commit()
+        cache.reorder(torch.tensor(rows, device=device))
+    cache.append(k[:2], v[:2])
+    return cache.k, cache.v, cache.seen
+
+
+enter(
+    "KVCache",
+    partial(decoded, cached=slab),
+    {"": {}, "window": dict(window=3), "window, first": dict(window=2, keep_first=2)},
+)
+
+
+def way(device, options):
+    layer = NINE_WAYS[options](MultiHeadAttention(48, s.h, device=device))
+    return layer, layer(torch.randn(s.b, s.n, 48, device=device))
+
+
+enter("NINE_WAYS", way, {name: name for name in NINE_WAYS if name != "FlexAttention"})
+TINY = EncoderConfig(
+    vocab_size=11, embed_dim=24, num_heads=s.h, num_layers=2, hidden_dim=10, max_len=s.n, num_segments=3, eps=1e-12
+)
+
+
+class Tokenizer:
+    "Every sentence is three tokens and one of padding."
+
+    def encode_batch(self, sentences):
+        row = type("Row", (), dict(ids=[1, 2, 3, 0], attention_mask=[1, 1, 1, 0]))
+        return [row for _ in sentences]
+
+
+def encoded(device):
+    with torch.device(device):
+        model = Encoder(TINY)
+    state = {name: torch.zeros(shape, device=device) for name, (_, shape) in expected_tensors(TINY).items()}
+    ids, real = encode(Tokenizer(), ["a b c", "c b a"], device)
+    states = model(ids, real)
+    return model, ids, real, states, mean_pool(states[-1], real), convert_bert(state, TINY.num_layers)
+
+
+CASES["pretrained"] = encoded
+
+
+def reported(device, seen):
+    layer, mask = layer_of(device), torch.ones(s.h, s.n, s.n, dtype=torch.bool, device=device)
+    mask[0] = seen
+    report = mha_book.gradient_report(layer, lambda: layer(tokens(device), mask=mask).square().sum())
+    assert len(report.silent) == (0 if seen else 2)
+    return layer
+
+
+def clipped(device):
+    layer, x = layer_of(device), tokens(device)
+    return layer, mha_book.qk_clip_(layer, mha_book.largest_logits(layer, x), 1e-3)
+
+
+def judged(device):
+    report = mha_book.error_report(mha_book.fused_attend, *heads(device))
+    assert report.passes
+    layer = layer_of(device)
+    assert mha_book.error_report(layer, tokens(device), definition=layer, dtypes=torch.float32).passes
+    return layer
+
+
+READ_VALUES = {  # whose result depends on numbers, which the meta device has not
+    "qk_clip_": clipped,
+    "error_report": judged,
+    "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
+    "KVCache: padding, window, first": partial(
+        decoded, options=dict(window=2, keep_first=2), cached=slab, real=[[False, False, True], [True, True, False]]
+    ),
+    "KVCache: reorder": partial(reordered, cached=slab),
+    "PagedCache, BlockPool": partial(decoded, options={}, cached=blocks),
+    "PagedCache, BlockPool: padding": partial(
+        decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]
+    ),
+    "PagedCache, BlockPool: reorder": partial(reordered, cached=blocks),
+    "convert_mask": lambda device: [
+        convert_mask(bits(s.b, 1, s.n, s.n, device=device), "mha_book", target, (s.b, s.h, s.n, s.n))
+        for target in ("sdpa_added", "torch", "keras", "onnx")
+    ],
+    "gradient_report": partial(reported, seen=True),
+    "gradient_report: of a head that sees nothing": partial(reported, seen=False),
+    "guess_dialect": lambda device: (
+        layer := layer_of(device),
+        x := tokens(device),
+        mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
+    )[:2],
+    "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+}
+WITHOUT_TENSORS = {
+    "Dialect",
+    "HeadLayout",
+    "benchmark",
+    "cache_bytes",
+    "nearest_head_counts",
+    "peak_bytes",
+    "pick_device",
+}
+ALSO_ON_THE_CPU = {
+    "AttentionHead",
+    "HeadList",  # take no device: made on the default device, then moved
+    "MultiHeadAttention, saved and loaded",  # whose head counts are three integers on the CPU, wherever the layer is
+}
+
+
+def everything_in(result):
+    "All tensors of a result, the parameters and buffers of its modules included; not the head counts in a state dict."
+    modules = [part for part in result if isinstance(part, nn.Module)] if isinstance(result, tuple) else []
+    modules += [result] if isinstance(result, nn.Module) else []
+    found = tensors_in(result) + [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    assert found
+    return found
+
+
+@pytest.fixture(params=["cpu", "there"])
+def default(request):
+    "The default device: where the case runs, or the CPU."
+    yield lambda device: torch.set_default_device(device if request.param == "there" else "cpu")
+    torch.set_default_device(None)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_the_package_on_the_meta_device_touches_no_other(default, name):
+    default("meta")
+    if name in ALSO_ON_THE_CPU:
+        result = CASES[name]("meta")
+    else:
+        with OnlyOn("meta"):
+            result = CASES[name]("meta")
+    assert {t.device.type for t in everything_in(result)} == {"meta"}
+
+
+@no_gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES | READ_VALUES)
+def test_the_package_on_the_simulated_gpu_mixes_no_devices(gpu, default, name):
+    default("cuda")
+    result = (CASES | READ_VALUES)[name]("cuda")
+    assert {t.device for t in everything_in(result)} == {torch.device("cuda:0")}
+
+
+@no_gpu
+@pytest.mark.filterwarnings("ignore")
+def test_flex_on_the_simulated_gpu(gpu):
+    q, k, v = (torch.randn(2, h, 20, 16, device="cuda", requires_grad=True) for h in (4, 2, 2))
+    options = dict(
+        window=3,
+        softcap=2.0,
+        sinks=torch.randn(4, device="cuda"),
+        mask=bits(20, 20, device="cuda"),
+        bias=torch.randn(4, 20, 20, device="cuda"),
+    )
+    flex, plain = (backends.attention(q, k, v, **options, impl=impl) for impl in ("flex", "math"))
+    torch.testing.assert_close(flex, plain)
+    found, expected = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (flex, plain))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert flex.is_cuda and all(g.is_cuda for g in found)
+
+
+def test_every_public_name_has_a_case():
+    named = {word for name in CASES | READ_VALUES for word in re.findall(r"\w+", name)}
+    assert set(mha_book.__all__) - WITHOUT_TENSORS <= named
+
+
+def test_a_tensor_elsewhere_is_noticed():
+    with pytest.raises(AssertionError, match="met cpu"), OnlyOn("meta"):
+        torch.ones(3)
+    with pytest.raises((AssertionError, RuntimeError)), OnlyOn("meta"):
+        layer_of("meta", position=table_plug)(tokens("meta"))
+    with pytest.raises((AssertionError, RuntimeError)), OnlyOn("meta"):
+        layer_of("meta", attend=causal_here)(tokens("meta"))
+
+
+# --- the pages ------------------------------------------------------------------------------------------------------
+
+PAGES = sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb"))
+
+
+# What would choose a device, or ask for the GPU, in another place than `use_device()`.
+ELSEWHERE = re.compile(
+    r"""set_default_device\(|pick_device\(\)|cuda\.is_available\(|"""
+    r"""\.cuda\(\)|\.to\(["']cuda|device=["']cuda"""
+)
+
+
+def choices(cells):
+    "What chooses a device in the cells of a page that are not exported; every choice after the first is one, too."
+    page = "\n".join(cell for cell in cells if not cell.startswith("#| export"))
+    return ELSEWHERE.findall(page) + re.findall(r"\w+ = use_device\(\)", page)[1:]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_chooses_its_device_in_one_place(name):
+    cells = [cell.source for cell in nbformat.read(ROOT / "nbs" / name, 4).cells if cell.cell_type == "code"]
+    assert choices(cells) == []
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "torch.set_default_device('cpu')",
+        "there = use_device()",
+        "x = x.to('cuda')",
+        "x.cuda()",
+        'torch.ones(3, device="cuda:0")',
+        "d = 'cuda' if torch.cuda.is_available() else 'cpu'",
+    ],
+)
+def test_a_second_choice_is_noticed(cell):
+    assert not choices(["device = use_device()", f"#| export\n{cell}"])
+    assert choices(["device = use_device()", cell])
+
+
+def run_page(name):
+    "Everything that a page says when it runs on the simulated GPU, and its exit status."
+    command = [sys.executable, str(ROOT / "tests" / "on_simulated_gpu.py"), name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs():
+    "Two at a time."
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run_page, name) for name in PAGES}
+
+
+@no_gpu
+@pytest.mark.skipif(not os.environ.get("MHA_DEVICES_REQUIRED"), reason="takes minutes; run `make test-devices`")
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_runs_on_the_simulated_gpu(runs, name):
+    status, said = runs[name].result()
+    print(said)
+    assert status == 0, said
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "cell, said",
+    [
+        ("torch.ones(3, device='cuda') + torch.ones(3)", "same device"),
+        ("assert not torch.cuda.is_available()", "AssertionError"),
+    ],
+)
+def test_a_page_that_mixes_devices_is_noticed(cell, said):
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import torch\n{cell}")])
+    assert said in on_simulated_gpu.run(page, ROOT / "nbs")

@@ -1,0 +1,268 @@
+"""Places in tokens and in scores: loops, integers and the authors' recipes written another way; and what is refused."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mha_book import ALiBi, LearnedPositions, MultiHeadAttention, RelativeBias, sinusoidal_positions
+from mha_book.instruments.testing import SIZES
+from mha_book.kernels.backends import attention
+from mha_book.plugs.positions import alibi_slopes, distances, relative_buckets
+from support.refusals import refused
+
+settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("book")
+s = SIZES
+close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# Waves
+
+
+@given(st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=5), st.integers(1, 9), st.floats(1.5, 1e6))
+def test_waves_are_sines_and_cosines_in_turn(places, pairs, base):
+    got = sinusoidal_positions(torch.tensor(places), 2 * pairs, base, dtype=torch.float64)
+    for n, place in enumerate(places):
+        for i in range(pairs):
+            angle = place * base ** (-2 * i / (2 * pairs))
+            assert abs(got[n, 2 * i] - math.sin(angle)) < 1e-9 and abs(got[n, 2 * i + 1] - math.cos(angle)) < 1e-9
+
+
+def test_waves_have_the_shape_of_the_places_and_are_float32():
+    got = sinusoidal_positions(torch.arange(24).view(2, 3, 4), 6)
+    assert got.shape == (2, 3, 4, 6) and got.dtype == torch.float32
+    assert torch.equal(got[1, 2, 3], sinusoidal_positions(torch.tensor([23]), 6)[0])
+
+
+def test_half_precision_rounds_the_waves_and_not_the_places():
+    places = torch.arange(5000)
+    got = sinusoidal_positions(places, 6, dtype=torch.bfloat16)
+    assert torch.equal(got, sinusoidal_positions(places, 6).bfloat16())
+
+
+# A table
+
+
+@given(st.integers(1, 12), st.lists(st.integers(-8, 8), min_size=1, max_size=4))
+def test_a_table_is_looked_up_by_place(n, offsets):
+    table, x = LearnedPositions(9, 4, dtype=torch.float64), random(len(offsets), n, 4)
+    offset = torch.tensor(offsets)
+    if max(offsets) + n > 9:
+        with pytest.raises(ValueError, match=f"place {max(offsets) + n - 1}.* table has 9 places, 0 to 8"):
+            table(x, offset=offset)
+        return
+    got = table(x, offset=offset)
+    for row, first in enumerate(offsets):
+        for i in range(n):
+            close(got[row, i], x[row, i] + table.weight[max(first + i, 0)])  # padding: the row of place 0
+        if len(set(offsets)) == 1:
+            assert torch.equal(got, table(x, offset=first))
+
+
+def test_a_table_learns_the_rows_that_were_used():
+    table = LearnedPositions(7, 4)
+    table(torch.zeros(2, 3, 4), offset=2).sum().backward()
+    assert (table.weight.grad.abs().sum(1) > 0).tolist() == [False, False, True, True, True, False, False]
+
+
+# Distances, buckets and slopes
+
+
+@pytest.mark.parametrize("n, m", [(5, 7), (7, 5), (1, 9), (6, 6), (0, 3), (3, 0)])
+def test_queries_stand_at_the_end_of_the_keys(n, m):
+    assert distances(n, m).tolist() == [[j - (m - n + i) for j in range(m)] for i in range(n)]
+
+
+def bucket(distance, num_buckets, max_distance, bidirectional):
+    "By whole numbers: the last bucket that begins at `distance` or before."
+    sided = num_buckets // 2 if bidirectional else num_buckets
+    near, side = sided // 2, sided if bidirectional and distance > 0 else 0
+    far = abs(distance) if bidirectional else max(-distance, 0)
+    steps = sided - near
+    reached = [k for k in range(steps) if far**steps * near**k >= max_distance**k * near**steps]
+    return side + (far if far < near else near + max(reached))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 6), (16, 32), (20, 100), (64, 1000), (5, 9)])
+def test_buckets_begin_where_whole_numbers_say(num_buckets, max_distance, bidirectional):
+    all_of_them = torch.arange(-1200, 1200)
+    got = relative_buckets(all_of_them, num_buckets, max_distance, bidirectional).tolist()
+    assert got == [bucket(d, num_buckets, max_distance, bidirectional) for d in all_of_them.tolist()]
+    sided = num_buckets // 2 if bidirectional else num_buckets
+    if max_distance < 2 * num_buckets:
+        return  # where steps are shorter than a token, a bucket may stay empty
+    # and no key ahead is 0 away
+    assert set(got) == set(range(sided * (2 if bidirectional else 1))) - ({sided} if bidirectional else set())
+
+
+@pytest.mark.parametrize("num_heads", range(1, 41))
+def test_slopes_are_the_authors(num_heads):
+    def recipe(n):  # as the paper's code has it, by recursion
+        if math.log2(n).is_integer():
+            start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+            return [start * start**i for i in range(n)]
+        power = 2 ** math.floor(math.log2(n))
+        return recipe(power) + recipe(2 * power)[0::2][: n - power]
+
+    assert alibi_slopes(num_heads) == pytest.approx(recipe(num_heads), rel=1e-12)
+    assert len(set(alibi_slopes(num_heads))) == num_heads
+
+
+# The plugs
+
+
+def t5(bidirectional=True, **more):
+    plug = RelativeBias(s.h, num_buckets=8, max_distance=6, bidirectional=bidirectional, dtype=torch.float64, **more)
+    nn.init.normal_(plug.weight)
+    return plug, lambda i, d: plug.weight[bucket(d, 8, 6, bidirectional), i]
+
+
+def alibi(**more):
+    return ALiBi(s.h, **more), lambda i, d: -alibi_slopes(s.h)[i] * abs(d)
+
+
+PLUGS = pytest.mark.parametrize("build", [t5, partial(t5, False), alibi], ids=["T5", "T5 decoder", "ALiBi"])
+
+
+@PLUGS
+@pytest.mark.parametrize("n, m", [(s.n, s.m), (1, s.m), (s.m, s.n)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda n, m: {},
+        lambda n, m: dict(is_causal=True),
+        lambda n, m: dict(mask=torch.rand(s.b, 1, n, m) < 0.7),
+        lambda n, m: dict(bias=random(s.h, 1, m)),
+        lambda n, m: dict(bias=random(m), is_causal=True),
+    ],
+)
+def test_a_plug_adds_its_number_for_each_distance(build, n, m, options):
+    plug, number = build()
+    q, k, v = random(s.b, s.h, n, s.d), random(s.b, s.g, m, s.d), random(s.b, s.g, m, s.dv)
+    options = options(n, m)
+    own = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack([torch.as_tensor(number(i, j - (m - n + a)), dtype=torch.float64) for j in range(m)])
+                    for a in range(n)
+                ]
+            )
+            for i in range(s.h)
+        ]
+    )
+    wanted = attention(q, k, v, **options | dict(bias=own + options.get("bias", 0)), impl="math")
+    close(plug(q, k, v, **options), wanted)
+    if n == m:
+        close(plug.bias(n, n).double(), own.detach())
+
+
+@PLUGS
+def test_what_is_inside_gets_everything(build):
+    seen = {}
+
+    def inner(q, k, v, **options):
+        seen.update(options)
+        return attention(q, k, v, **options)
+
+    plug, _ = build(attend=inner)
+    q, mask = random(s.b, s.h, s.n, s.d), torch.ones(s.n, dtype=torch.bool)
+    plug(q, q, q, mask=mask, is_causal=True, dropout_p=0.25)
+    assert seen["mask"] is mask and seen["is_causal"] and seen["dropout_p"] == 0.25
+    assert seen["bias"].shape == (s.h, s.n, s.n)
+
+
+@PLUGS
+def test_moving_the_text_changes_nothing_and_order_does(build):
+    plug, _ = build()
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, attend=plug, dtype=torch.float64)
+    x = random(s.b, s.m, s.e)
+    padded = torch.cat([random(s.b, 3, s.e), x], dim=1)
+    real = (torch.arange(s.m + 3) >= 3).expand(s.b, -1)
+    for is_causal in (False, True):
+        close(layer(padded, key_mask=real, is_causal=is_causal)[:, 3:], layer(x, is_causal=is_causal))
+    assert not torch.allclose(layer(x.flip(1)).flip(1), layer(x)) or not isinstance(plug, RelativeBias)
+    mixed = torch.cat([x[:, :-1].flip(1), x[:, -1:]], dim=1)
+    assert not torch.allclose(layer(mixed, is_causal=True)[:, -1], layer(x, is_causal=True)[:, -1])
+    weights = layer.attention_map(x, is_causal=True)
+    close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_a_table_of_biases_learns_the_distances_that_were_seen():
+    plug, _ = t5()
+    q = random(s.b, s.h, 3, s.d)
+    plug(q, q, q).square().sum().backward()
+    seen = {bucket(d, 8, 6, True) for d in range(-2, 3)}
+    assert {i for i, row in enumerate(plug.weight.grad) if row.any()} == seen
+
+
+def test_a_new_table_is_no_bias():
+    plug, q = RelativeBias(s.h), torch.randn(s.b, s.h, s.n, s.d)
+    torch.testing.assert_close(plug(q, q, q), attention(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_no_cast_rounds_a_slope_and_the_bias_is_float32_at_least(dtype):
+    seen = []
+
+    def inner(q, k, v, *, bias, **options):
+        seen.append(bias)
+        return v
+
+    layer = MultiHeadAttention(s.e, s.h, head_dim=s.d, attend=ALiBi(s.h, attend=inner)).to(dtype)
+    layer(torch.randn(s.b, s.n, s.e, dtype=dtype))
+    assert seen[0].dtype == torch.promote_types(dtype, torch.float32)
+    exact = -torch.tensor(alibi_slopes(s.h), dtype=torch.float64)[:, None, None] * distances(s.n, s.n).abs()
+    close(seen[0].double(), exact)  # slopes of six heads are powers of two
+
+
+def test_plugs_can_be_copied_and_saved():
+    for plug in (t5()[0], ALiBi(s.h)):
+        twin, q = copy.deepcopy(plug), random(s.b, s.h, s.n, s.d)
+        assert torch.equal(twin(q, q, q), plug(q, q, q))
+    assert list(ALiBi(s.h).state_dict()) == [] and list(RelativeBias(s.h).state_dict()) == ["weight"]
+
+
+@pytest.mark.usefixtures("own_messages")
+class TestRefused:
+    @pytest.mark.parametrize(
+        "act, error, words",
+        [
+            (lambda: sinusoidal_positions(torch.arange(3), 7), ValueError, ["embed_dim 7", "odd"]),
+            (lambda: sinusoidal_positions(torch.arange(3), 8.0), TypeError, ["embed_dim", "8.0"]),
+            (lambda: LearnedPositions(0, 4), ValueError, ["max_len", "0"]),
+            (lambda: LearnedPositions(4, 2.5), TypeError, ["embed_dim", "2.5"]),
+            (
+                lambda: LearnedPositions(7, 4)(torch.zeros(2, 5, 4), offset=3),
+                ValueError,
+                ["5 tokens", "place 7", "0 to 6"],
+            ),
+            (
+                lambda: LearnedPositions(7, 4)(torch.zeros(2, 5, 4), offset=torch.tensor([0, 9])),
+                ValueError,
+                ["place 13", "0 to 6"],
+            ),
+            (lambda: RelativeBias(0), ValueError, ["num_heads", "0"]),
+            (lambda: RelativeBias(6, num_buckets=3), ValueError, ["num_buckets 3", "4"]),
+            (lambda: RelativeBias(6, num_buckets=1, bidirectional=False), ValueError, ["num_buckets 1", "2"]),
+            (lambda: RelativeBias(6, max_distance=8), ValueError, ["max_distance 8", "more than 8"]),
+            (lambda: RelativeBias(6)(*[torch.zeros(1, 4, 3, 2)] * 3), ValueError, ["4 query heads", "6"]),
+            (lambda: ALiBi(6)(*[torch.zeros(1, 4, 3, 2)] * 3), ValueError, ["4 query heads", "6"]),
+            (lambda: ALiBi(6.0), TypeError, ["num_heads", "6.0"]),
+            (lambda: alibi_slopes(0), ValueError, ["num_heads"]),
+        ],
+    )
+    def test_with_numbers(self, act, error, words):
+        with refused(error, *words):
+            act()

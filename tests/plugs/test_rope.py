@@ -1,0 +1,300 @@
+"""Rotary positions against complex numbers in a loop, in every pairing, width and dtype; scalings; what is refused."""
+
+import cmath
+import copy
+import math
+import pickle
+from dataclasses import FrozenInstanceError, replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mha_book import (
+    MultiHeadAttention,
+    RoPE,
+    RoPELinearScaling,
+    RoPELlama3Scaling,
+    RoPENTKScaling,
+    RoPEYaRNScaling,
+    convert_weights,
+    from_state_dict,
+)
+from mha_book.heads.dialects import DIALECTS
+from mha_book.instruments.testing import SIZES
+from mha_book.plugs.rope import rope_frequencies, rotate_pairs
+from support.padded_cache import PaddedCache
+from support.refusals import refused
+
+settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("book")
+s = SIZES
+close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
+FREQUENCIES = [10_000.0 ** (-2 * i / s.d) for i in range(s.d // 2)]
+PAIRINGS = pytest.mark.parametrize("pairing", ["half_split", "interleaved"])
+
+
+def random(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def pairs(width, pairing):
+    half = width // 2
+    return [(i, i + half) if pairing == "half_split" else (2 * i, 2 * i + 1) for i in range(half)]
+
+
+def turned(x, places, frequencies, pairing, magnitude=1.0):
+    "Each pair as a complex number, times magnitude · e^(i · place · frequency); places are b n."
+    out = x.clone()
+    for b, h, n in ((b, h, n) for b in range(x.shape[0]) for h in range(x.shape[1]) for n in range(x.shape[2])):
+        for (first, second), frequency in zip(pairs(2 * len(frequencies), pairing), frequencies):
+            z = complex(x[b, h, n, first], x[b, h, n, second]) * cmath.rect(magnitude, places[b][n] * frequency)
+            out[b, h, n, first], out[b, h, n, second] = z.real, z.imag
+    return out
+
+
+# Turning
+
+
+@PAIRINGS
+@given(st.data())
+def test_turning_is_multiplying_complex_numbers(pairing, data):
+    width = 2 * data.draw(st.integers(1, 4))
+    d, base = width + data.draw(st.integers(0, 3)), data.draw(st.floats(1.5, 1e6))
+    n, m = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 4))
+    starts = data.draw(st.lists(st.integers(-9, 50), min_size=2, max_size=2))
+    offset = torch.tensor(starts) if data.draw(st.booleans()) else starts[0]
+    starts = starts if isinstance(offset, torch.Tensor) else [offset] * 2
+    magnitude = data.draw(st.sampled_from([1.0, 1.3, 0.7]))
+    rope = RoPE(d, base, rotary_dim=width, pairing=pairing, magnitude=magnitude)
+    q, k = random(2, 3, n, d), random(2, 1, m, d)
+    frequencies = [base ** (-2 * i / width) for i in range(width // 2)]
+    # keys stand from the offset on, queries at their end
+    for x, got, first in zip((q, k), rope(q, k, offset=offset), (m - n, 0)):
+        places = [[start + first + i for i in range(x.shape[2])] for start in starts]
+        torch.testing.assert_close(got, turned(x, places, frequencies, pairing, magnitude), atol=1e-11, rtol=0)
+
+
+def test_a_wrong_turn_is_seen():
+    rope, x = RoPE(s.d), random(s.b, s.h, s.n, s.d)
+    right, places = rope(x, x, offset=0)[0], [range(s.n)] * s.b
+    for wrong in (
+        turned(x, places, [-f for f in FREQUENCIES], "half_split"),
+        turned(x, places, FREQUENCIES, "interleaved"),
+        turned(x, [range(1, s.n + 1)] * s.b, FREQUENCIES, "half_split"),
+    ):
+        assert not torch.allclose(right, wrong)
+
+
+@PAIRINGS
+@given(st.integers(-(10**4), 10**4), st.integers(-(10**4), 10**4))
+def test_scores_depend_on_differences_only(pairing, first, second):
+    rope, q, k = RoPE(s.d, pairing=pairing), random(1, 2, s.n, s.d), random(1, 1, s.n, s.d)
+    one, two = (a @ b.mT for a, b in (rope(q, k, offset=o) for o in (first, second)))
+    torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
+
+
+@PAIRINGS
+@pytest.mark.parametrize("width", [2, 4, 6, 8])
+def test_dialects_are_equal_after_permuting_rows(pairing, width):
+    other = "interleaved" if pairing == "half_split" else "half_split"
+    ours, theirs = (RoPE(s.d, rotary_dim=width, pairing=p) for p in (pairing, other))
+    mine, yours = (replace(DIALECTS["stacked"], pairs=p, rotary_dim=width) for p in (pairing, other))
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, position=ours, dtype=torch.float64)
+    nn.init.normal_(layer.in_proj.bias)
+    state = dict(layer.named_parameters())
+    twin = copy.deepcopy(layer)
+    twin.position = theirs
+    x = random(s.b, s.n, s.e)
+    assert width == 2 or not torch.allclose(twin(x), layer(x))
+    twin.load_state_dict(twin.state_dict() | convert_weights(state, mine, yours, layer.layout))
+    close(twin(x), layer(x))
+
+
+def test_a_file_of_llama_cpp_answers_the_same():
+    layer = MultiHeadAttention(
+        s.e, s.h, num_kv_heads=s.g, head_dim=s.d, bias=False, position=RoPE(s.d, 1e5), dtype=torch.float64
+    )
+    x = random(s.b, s.n, s.e)
+    file = {
+        f"blk.3.{name}": t
+        for name, t in convert_weights(dict(layer.named_parameters()), "stacked", "gguf", layer.layout).items()
+    }
+    # as its converter permutes: heads, two halves, half a head
+    permuted = layer.in_proj.weight[: s.h * s.d].reshape(s.h, 2, s.d // 2, s.e).swapaxes(1, 2).reshape(-1, s.e)
+    assert torch.equal(file["blk.3.attn_q.weight"], permuted)
+    for dialect, same in (("gguf", True), ("separate", False)):
+        copied = from_state_dict(file, layer.layout, dialect, prefix="blk.3.", position=RoPE(s.d, 1e5))
+        assert torch.allclose(copied(x, is_causal=True), layer(x, is_causal=True), atol=1e-12, rtol=0) == same
+
+
+# In a layer
+
+
+@PAIRINGS
+@pytest.mark.parametrize("options", [{}, dict(rotary_dim=4), dict(frequencies=RoPEYaRNScaling(4, 8), magnitude=1.1)])
+def test_pieces_are_the_whole_with_padding_too(pairing, options):
+    layer = MultiHeadAttention(
+        s.e, s.h, num_kv_heads=s.g, head_dim=s.d, position=RoPE(s.d, pairing=pairing, **options), dtype=torch.float64
+    )
+    x, cache = random(2, s.m, s.e), PaddedCache(2)
+    real = torch.arange(4) >= torch.tensor([[0], [2]])
+    parts = [layer(x[:, :4], key_mask=real, is_causal=True, cache=cache)]
+    parts += [layer(part, is_causal=True, cache=cache) for part in x[:, 4:].split([1, 2], dim=1)]
+    for row, first in ((0, 0), (1, 2)):
+        close(torch.cat(parts, dim=1)[row : row + 1, first:], layer(x[row : row + 1, first:], is_causal=True))
+    close(layer(x[:, -2:], context=x, is_causal=True), layer(x, is_causal=True)[:, -2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_angles_are_float32_at_least_whatever_is_cast(dtype):
+    layer = MultiHeadAttention(64, 1, position=RoPE(64)).to(dtype)
+    q = torch.ones(1, 1, 4096, 64, dtype=dtype)
+    got, _ = layer.position(q, q, offset=0)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    exact, _ = RoPE(64)(q.double(), q.double(), offset=0)
+    assert (got - exact).abs().max() < (1e-12 if dtype == torch.float64 else 4e-4)
+    assert layer(torch.randn(1, 5, 64).to(dtype)).dtype == dtype
+    assert [*layer.state_dict()] == [*MultiHeadAttention(64, 1).state_dict()]  # it holds no tensor
+
+
+def test_gradients_are_turned_back():
+    rope, q = RoPE(s.d, rotary_dim=4), random(s.b, s.h, s.n, s.d).requires_grad_()
+    up = random(s.b, s.h, s.n, s.d)
+    (grad,) = torch.autograd.grad(rope(q, q, offset=3)[0], q, up)
+    places = [[-(3 + i) for i in range(s.n)]] * s.b
+    close(grad, turned(up, places, rope_frequencies(4, 10000.0).tolist(), "half_split"))
+
+
+@pytest.mark.usefixtures("own_messages")  # the checker of shapes does not compile
+def test_it_runs_compiled_without_a_break():
+    for rope in RoPE(s.d), RoPE(s.d, pairing="interleaved", rotary_dim=4):
+        compiled = torch.compile(lambda q, k, o: rope(q, k, offset=o), fullgraph=True, backend="eager")  # noqa: B023
+        q, k = torch.randn(s.b, s.h, s.n, s.d), torch.randn(s.b, s.g, s.m, s.d)
+        for offset in 3, torch.tensor([1, -2]):
+            for got, wanted in zip(compiled(q, k, offset), rope(q, k, offset=offset)):
+                torch.testing.assert_close(got, wanted)
+
+
+def test_it_is_a_value():
+    rope = RoPE(s.d, rotary_dim=4, frequencies=RoPENTKScaling(4))
+    for twin in copy.deepcopy(rope), pickle.loads(pickle.dumps(rope)), replace(rope):
+        assert twin == rope and hash(twin) == hash(rope) and twin._turns == rope._turns
+    assert replace(rope, base=7.0) != rope != replace(rope, frequencies=RoPENTKScaling(2))
+    assert replace(RoPE(s.d), head_dim=2 * s.d) == RoPE(2 * s.d) and "_turns" not in repr(rope)
+    with pytest.raises(FrozenInstanceError):
+        rope.base = 3.0
+    with torch.device("meta"):  # a model that is built without memory has its positions all the same
+        assert RoPE(s.d) == RoPE(s.d) and RoPE(s.d)._turns == RoPE(s.d)._turns
+
+
+def test_inputs_are_left_as_they_are():
+    q, k = random(s.b, s.h, s.n, s.d), random(s.b, s.g, s.m, s.d)
+    before, offset = (q.clone(), k.clone()), torch.tensor([3, -2])
+    RoPE(s.d)(q, k, offset=offset)
+    assert torch.equal(q, before[0]) and torch.equal(k, before[1]) and offset.tolist() == [3, -2]
+
+
+def test_turn_pairs_takes_any_places():
+    x, places = random(s.b, s.h, s.n, s.d), torch.tensor([5, 0, 7, -3, 2])
+    angles = RoPE(s.d).angles(places, torch.float64)
+    close(rotate_pairs(x, angles), turned(x, [places.tolist()] * s.b, FREQUENCIES, "half_split"))
+
+
+# Scalings
+
+
+FACTORS, LENGTHS = st.floats(1, 64), st.integers(16, 10**5)
+
+
+@given(st.integers(2, 64), st.floats(2.0, 1e6), FACTORS, LENGTHS, st.booleans())
+def test_scalings_by_hand(r, base, factor, trained_len, truncate):
+    plain = [base ** (-i / r) for i in range(r)]
+    yarn = RoPEYaRNScaling(factor, trained_len, truncate=truncate)
+    ends = [2 * r * math.log(trained_len / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1)]
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if truncate else ends
+    first, last = max(first, 0), min(last, 2 * r - 1)
+    last = last + 0.001 if first == last else last
+    enlarged = base * factor ** (2 * r / (2 * r - 2))
+    for i, frequency in enumerate(plain):
+        kept = 1 - min(max((i - first) / (last - first), 0.0), 1.0)
+        by_turns = min(max((trained_len * frequency / (2 * math.pi) - 1) / 3, 0.0), 1.0)
+        for scaling, wanted in (
+            (RoPELinearScaling(factor), frequency / factor),
+            (RoPENTKScaling(factor), enlarged ** (-i / r)),
+            (RoPELlama3Scaling(factor, trained_len), frequency * (by_turns + (1 - by_turns) / factor)),
+            (yarn, frequency * (kept + (1 - kept) / factor)),
+        ):
+            assert scaling(2 * r, base)[i].item() == pytest.approx(wanted, rel=1e-9)
+    assert yarn.magnitude == pytest.approx(1 + math.log(factor) / 10)
+
+
+@pytest.mark.parametrize(
+    "scaling", [RoPELinearScaling(1), RoPENTKScaling(1), RoPELlama3Scaling(1, 99), RoPEYaRNScaling(1, 99)]
+)
+def test_a_factor_of_one_is_none(scaling):
+    for width, base in ((8, 10.0), (64, 1e4), (128, 5e5)):
+        torch.testing.assert_close(scaling(width, base), rope_frequencies(width, base), rtol=1e-14, atol=0)
+    assert scaling == pickle.loads(pickle.dumps(scaling)) and hash(scaling) == hash(copy.deepcopy(scaling))
+
+
+# Bad input
+
+
+@pytest.mark.usefixtures("own_messages")
+class TestRefused:
+    @pytest.mark.parametrize(
+        "act, error, words",
+        [
+            (lambda: RoPE(7), ValueError, ["rotary_dim 7", "even", "head_dim 7"]),
+            (lambda: RoPE(8, rotary_dim=3), ValueError, ["rotary_dim 3", "even"]),
+            (lambda: RoPE(8, rotary_dim=10), ValueError, ["rotary_dim 10", "head_dim 8"]),
+            (lambda: RoPE(8, rotary_dim=0), ValueError, ["rotary_dim", "0"]),
+            (lambda: RoPE(8.0), TypeError, ["head_dim"]),
+            (lambda: RoPE(8, pairing="neox"), ValueError, ["'neox'", "half_split", "interleaved"]),
+            (lambda: RoPE(8, 0.0), ValueError, ["base 0.0"]),
+            (lambda: RoPE(8, "big"), TypeError, ["base", "'big'"]),
+            (lambda: RoPE(8, magnitude=-1.0), ValueError, ["magnitude -1.0"]),
+            (lambda: RoPE(8, frequencies=4), TypeError, ["frequencies", "4"]),
+            (
+                lambda: RoPE(8, frequencies=lambda d, b: torch.ones(3)),
+                ValueError,
+                ["frequencies", "4 finite", "rotary_dim 8"],
+            ),
+            (lambda: RoPE(8, frequencies=lambda d, b: torch.full((4,), torch.nan)), ValueError, ["finite"]),
+            (lambda: RoPELinearScaling(0.5), ValueError, ["factor 0.5", "at least 1"]),
+            (lambda: RoPELinearScaling("8"), TypeError, ["factor", "'8'"]),
+            (lambda: RoPENTKScaling(8)(2), ValueError, ["rotary_dim 2"]),
+            (lambda: RoPEYaRNScaling(8, 0), ValueError, ["trained_len 0", "above 0"]),
+            (
+                lambda: RoPEYaRNScaling(8, 32, slow_turns=4.0, fast_turns=4.0),
+                ValueError,
+                ["slow_turns 4.0", "fast_turns 4.0"],
+            ),
+            (lambda: RoPELlama3Scaling(math.inf, 32), ValueError, ["factor inf", "finite"]),
+        ],
+    )
+    def test_when_it_is_made(self, act, error, words):
+        with refused(error, *words):
+            act()
+
+    @pytest.mark.parametrize(
+        "q, k, offset, error, words",
+        [
+            ((2, 6, 5, 4), (2, 3, 5, 8), 0, ValueError, ["query", "(2, 6, 5, 4)", "head_dim=8"]),
+            ((2, 6, 5, 8), (2, 3, 5, 6), 0, ValueError, ["key", "(2, 3, 5, 6)"]),
+            ((6, 5, 8), (3, 5, 8), 0, ValueError, ["query", "(6, 5, 8)"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), 1.5, TypeError, ["offset", "1.5"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), True, TypeError, ["offset", "True"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), torch.ones(2), TypeError, ["offset", "float32", "whole"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), torch.ones(3, dtype=torch.int64), ValueError, ["offset", "(3,)", "(2,)"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), torch.tensor(1), ValueError, ["offset", "()", "(2,)"]),
+            ((2, 6, 5, 8), (2, 3, 5, 8), torch.ones(2, dtype=torch.int64, device="meta"), ValueError, ["meta", "cpu"]),
+        ],
+    )
+    def test_when_it_is_called(self, q, k, offset, error, words):
+        with refused(error, *words):
+            RoPE(8)(torch.zeros(q), torch.zeros(k), offset=offset)
