@@ -61,7 +61,7 @@ OPTIONS = [
 BOUND = [dict(), dict(window=3), dict(softcap=2.0), dict(scale=0.7, impl="math"), dict(impl="sdpa")]
 
 
-@pytest.mark.parametrize("options, bound", itertools.product(OPTIONS, BOUND))
+@pytest.mark.parametrize("options, bound", list(itertools.product(OPTIONS, BOUND)))
 def test_sinks_are_the_loops(options, bound):
     q, k, v = heads()
     plug = SinkAttention(s.h, attend=partial(attention, **bound), **float64)
@@ -73,7 +73,7 @@ def test_sinks_are_the_loops(options, bound):
     assert (plug.sinks.grad != 0).all()
 
 
-@pytest.mark.parametrize("options, bound", itertools.product(OPTIONS, BOUND))
+@pytest.mark.parametrize("options, bound", list(itertools.product(OPTIONS, BOUND)))
 def test_a_temperature_divides_what_the_rest_gets(options, bound):
     q, k, v = heads()
     plug = HeadTemperature(s.h, attend=partial(attention, **bound), **float64)
