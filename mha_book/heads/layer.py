@@ -8,7 +8,7 @@ __all__ = ['AttendOptions', 'Attend', 'Position', 'Finish', 'Cache', 'commit_onc
 
 # %% ../../nbs/03b_layer.ipynb #imports
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
@@ -87,14 +87,13 @@ class Cache(Protocol):
 # %% ../../nbs/03b_layer.ipynb #commit-once
 @contextmanager
 def commit_once(
-    *caches: Cache | None,    # that calls in this block append to; None is no cache
+    *caches: Cache,    # that calls in this block append to
 ) -> Iterator[None]:
     """The outermost caller commits: what is appended in the block is kept when the block ends,
     and forgotten where it fails. A block inside another leaves the caches of that one alone:
     so a layer keeps its own cache, and a model those of all its layers, or of none.
     """
-    own = [cache for cache in caches
-           if cache is not None and not getattr(cache, "in_hand", False)]
+    own = [cache for cache in caches if not getattr(cache, "in_hand", False)]
     for cache in own:
         cache.in_hand = True
     try:
@@ -171,7 +170,7 @@ class MultiHeadAttention(StackedProjections):
         """
         _check_call(x, context, key_mask, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
-        with commit_once(cache):
+        with nullcontext() if cache is None else commit_once(cache):
             q, k, v, mask = self._see(x, context, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
@@ -202,7 +201,9 @@ class MultiHeadAttention(StackedProjections):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
             q, k = self.position(q, k, offset=offset)
-        return q.to(v.dtype), k.to(v.dtype), v    # float32 tables, or a norm under autocast
+        if q.dtype != v.dtype or k.dtype != v.dtype:    # float32 tables, or a norm under autocast
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        return q, k, v
 
     def attention_map(
         # all inputs as in `forward`; the cache is read, and left as it is
@@ -323,11 +324,11 @@ def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None) 
 
 def _check_input(name: str, tokens: Tensor, proj: nn.Module) -> None:
     "Shape, and where the projection is a matrix that is there, dtype and device."
-    width = getattr(proj, "in_features", tokens.shape[-1])
-    if tokens.dim() != 3 or tokens.shape[2] != width:
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)}; "
+    shape, weight = tokens.shape, proj._parameters.get("weight")
+    width = getattr(proj, "in_features", shape[-1])
+    if len(shape) != 3 or shape[2] != width:
+        raise ValueError(f"{name} has shape {tuple(shape)}; "
                          f"needed: (batch, length, {width})")
-    weight = proj._parameters.get("weight")
     if not tokens.is_floating_point():
         raise TypeError(f"{name} has dtype {tokens.dtype}; needed: embeddings"
                         f"{'' if weight is None else f' in {weight.dtype}'}")
