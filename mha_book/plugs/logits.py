@@ -9,12 +9,19 @@ __all__ = ['largest_logits', 'HeadTemperature', 'SinkAttention', 'OutputGate', '
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.layer import MultiHeadAttention, check_key_mask, width_of_a_head
+from mha_book.heads.layer import (
+    Attend,
+    AttendOptions,
+    MultiHeadAttention,
+    check_key_mask,
+    width_of_a_head,
+)
 from ..heads.single_head import check_count, float32_at_least, is_number, join_masks
 from ..kernels.backends import attention, attention_logits, largest_sizes
 
@@ -62,7 +69,7 @@ class HeadTemperature(nn.Module):
         self,
         num_heads: int,                # query heads, h
         *,
-        attend: Callable = attention,  # what gets the divided queries
+        attend: Attend = attention,    # what gets the divided queries
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -76,10 +83,7 @@ class HeadTemperature(nn.Module):
         q: Float[Tensor, "b h n d"],               # queries
         k: Float[Tensor, "b g m d"],               # keys
         v: Float[Tensor, "b g m dv"],              # values
-        *,
-        # all options as in `attention`
-        mask: Bool[Tensor, "..."] | None = None, bias: Float[Tensor, "..."] | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0,
+        **options: Unpack[AttendOptions],          # handed on
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
         """Divide the queries, which divides the logits, and attend. Raises ValueError for
         another number of heads.
@@ -88,8 +92,7 @@ class HeadTemperature(nn.Module):
             raise ValueError(f"{q.shape[1]} query heads and {len(self.log_temperature)} "
                              f"temperatures: num_heads= counts query heads")
         q = q * torch.exp(-self.log_temperature).to(q.dtype)[:, None, None]
-        return self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
-                           dropout_p=dropout_p)
+        return self.attend(q, k, v, **options)
 
 # %% ../../nbs/13a_logits.ipynb #sink
 class SinkAttention(nn.Module):
@@ -116,14 +119,10 @@ class SinkAttention(nn.Module):
         q: Float[Tensor, "b h n d"],               # queries
         k: Float[Tensor, "b g m d"],               # keys
         v: Float[Tensor, "b g m dv"],              # values
-        *,
-        # all options as in `attention`
-        mask: Bool[Tensor, "..."] | None = None, bias: Float[Tensor, "..."] | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0,
+        **options: Unpack[AttendOptions],          # handed on
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
         "Attend, with the sinks among the logits."
-        return self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
-                           sinks=self.sinks, dropout_p=dropout_p)
+        return self.attend(q, k, v, sinks=self.sinks, **options)
 
 # %% ../../nbs/13a_logits.ipynb #gate
 class OutputGate(nn.Module):
