@@ -8,17 +8,12 @@ __all__ = []
 
 # %% ../nbs/99_api.ipynb #api
 from .heads.dialects import Dialect, convert_weights, from_state_dict, from_torch, to_torch
+from .heads.head_counts import pad_heads
 from .heads.head_list import HeadList
-from mha_book.heads.layer import (
-    HeadLayout,
-    MultiHeadAttention,
-    merge_heads,
-    nearest_head_counts,
-    pad_heads,
-    split_heads,
-)
+from .heads.layer import MultiHeadAttention, nearest_head_counts
 from .heads.masks import convert_mask
 from .heads.single_head import AttentionHead, causal_mask, fused_attend
+from .heads.weight_split import HeadLayout, merge_heads, split_heads
 from .heads.which_dialect import fitting_dialects, guess_dialect
 from .instruments.cache_size import cache_bytes
 from .instruments.device import benchmark, peak_bytes, pick_device
@@ -29,7 +24,7 @@ from .kernels import flex as _flex  # enters itself into the registry of `attent
 from .kernels.backends import attention, attention_weights
 from .kernels.merging import attention_with_lse, merge_attention
 from .plugs.cache import KVCache
-from .plugs.logits import GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss
+from .plugs.logits import HeadTemperature, OutputGate, SinkAttention, largest_logits, qk_clip_, z_loss
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
 from .plugs.rope import RoPE
@@ -37,7 +32,7 @@ from .plugs.rope_scaling import RoPELinearScaling, RoPELlama3Scaling, RoPENTKSca
 from .variants.grouped import align_kv_heads, folded_attend, mean_kv_heads, repeat_kv_heads, rotate_kv_heads
 
 __all__ = [
-    "ALiBi", "AttentionHead", "BlockPool", "Dialect", "GatedAttention", "HeadLayout",
+    "ALiBi", "AttentionHead", "BlockPool", "Dialect", "OutputGate", "HeadLayout",
     "HeadList", "HeadTemperature", "KVCache", "LearnedPositions", "RoPELinearScaling",
     "RoPELlama3Scaling", "MultiHeadAttention", "RoPENTKScaling", "PagedCache", "RelativeBias",
     "RoPE", "SinkAttention", "RoPEYaRNScaling", "align_kv_heads", "attention",

@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..heads.layer import HeadLayout, MultiHeadAttention
+from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask
+from ..heads.weight_split import HeadLayout
 from ..instruments.device import synchronize
 from ..instruments.roofline import layer_work
 from ..kernels.backends import BACKENDS, attention

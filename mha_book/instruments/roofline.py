@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..heads.layer import HeadLayout
 from ..heads.single_head import check_count
+from ..heads.weight_split import HeadLayout
 from .device import benchmark, timed_on
 
 # %% ../../nbs/06b_roofline.ipynb #work

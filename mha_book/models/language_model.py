@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..heads.dialects import convert_weights
-from ..heads.layer import HeadLayout, MultiHeadAttention
+from ..heads.layer import MultiHeadAttention
+from ..heads.weight_split import HeadLayout
 from .encoder import _need, check_digest, check_tensors, package_file
 from ..plugs.cache import KVCache
 from ..plugs.rope import RoPE

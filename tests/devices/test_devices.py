@@ -23,8 +23,9 @@ import mha_book
 import mha_book.kernels.flex  # noqa: F401  enters its backend
 from mha_book.heads import single_head
 from mha_book.heads.dialects import DIALECTS
-from mha_book.heads.layer import HeadLayout, MultiHeadAttention
+from mha_book.heads.layer import MultiHeadAttention
 from mha_book.heads.masks import convert_mask
+from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments import dispatch
 from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mha_book import MultiHeadAttention, fused_attend, pad_heads
-from mha_book.heads.layer import StackedProjections
 from mha_book.heads.single_head import plain_attention
+from mha_book.heads.weight_split import StackedProjections
 from mha_book.instruments.gradients import _is_view, backward_graph, gradient_report
 from mha_book.instruments.testing import SIZES as s
 from mha_book.instruments.testing import reference_attention, saved_tensors
