@@ -222,13 +222,16 @@ class GrowingCache:
 
     kept, seen = None, 0
 
-    def append(self, k, v):
+    def append(self, k, v, key_mask=None):
         old = self.kept or (k[:, :, :0], v[:, :, :0])
         self.pending = torch.cat([old[0], k], dim=2), torch.cat([old[1], v], dim=2)
         return *self.pending, None
 
     def commit(self):
         self.kept, self.seen = self.pending, self.pending[0].shape[2]
+
+    def crop(self, length):
+        self.kept, self.seen = tuple(t[:, :, :length] for t in self.kept), length
 
 
 SHARED = {  # options of every attention
@@ -434,7 +437,8 @@ enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemp
 
 
 def gated(device):
-    layer = mha_book.GatedAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    gate = mha_book.OutputGate(s.e, s.h, head_dim=s.d, device=device, dtype=torch.float64)
+    layer = layer_of(device, finish=gate)
     return layer, layer(tokens(device), is_causal=True)
 
 
@@ -458,7 +462,7 @@ enter("mean_kv_heads, repeat_kv_heads", regrouped, some_layers)
 enter("align_kv_heads, rotate_kv_heads", aligned, some_layers)
 enter("folded_attend", partial(mixed, attend=mha_book.folded_attend), SHARED | DROPOUT)
 CASES |= {
-    "GatedAttention": gated,
+    "OutputGate": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
 }
@@ -719,7 +723,7 @@ def test_a_second_choice_is_noticed(cell):
 
 def run_page(name):
     "Everything that a page says when it runs on the simulated GPU, and its exit status."
-    command = [sys.executable, str(ROOT / "tests" / "on_simulated_gpu.py"), name]
+    command = [sys.executable, str(Path(__file__).with_name("on_simulated_gpu.py")), name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 

@@ -223,7 +223,9 @@ def test_finish_gets_the_merged_heads_and_the_tokens_before_the_last_product():
     ((heads, asked),) = got
     q, k, v = qkv_by_hand(layer, x, context)
     size = s.h // s.g
-    merged = torch.cat([(q[:, i] @ k[:, i // size].mT * s.d**-0.5).softmax(-1) @ v[:, i // size] for i in range(s.h)], -1)
+    merged = torch.cat(
+        [(q[:, i] @ k[:, i // size].mT * s.d**-0.5).softmax(-1) @ v[:, i // size] for i in range(s.h)], -1
+    )
     assert asked is x and heads.shape == (s.b, s.n, s.h * s.d)
     close(heads, merged)
     close(y, (2 * merged + 1) @ layer.out_proj.weight.T + layer.out_proj.bias)

@@ -585,7 +585,7 @@ def test_views_without_a_way_back_are_cuts_or_do_no_harm(guard):
 def test_a_layer_with_another_forward_is_reported_too():
     class Plain(StackedProjections):
         def forward(self, tokens, *, sharpness):
-            q, k, v = (t.unflatten(-1, (-1, s.d)).transpose(1, 2) for t in self.project(tokens, None))
+            q, k, v = self.in_proj(tokens).unflatten(-1, (-1, s.d)).transpose(1, 2).split(s.h, dim=1)
             z = plain_attention(q * sharpness, k, v) * torch.tensor([1.0, 0.0]).repeat(s.h // 2).view(-1, 1, 1)
             return self.out_proj(z.transpose(1, 2).flatten(2))
 

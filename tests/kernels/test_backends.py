@@ -293,11 +293,13 @@ def test_long_sequences_hold_no_weights(options, grad):
 @pytest.mark.parametrize("impl", ["math", "sdpa", "auto"])
 @pytest.mark.parametrize(
     "window, is_causal, n, m",
-    itertools.product(
-        [1, 3, 7, 99, (2, 1), (0, 0), (None, 0), (None, 2), (None, 3), (0, None), (3, 99), (None, None)],
-        [False, True],
-        [1, 5],
-        [1, 5, 7],
+    list(
+        itertools.product(
+            [1, 3, 7, 99, (2, 1), (0, 0), (None, 0), (None, 2), (None, 3), (0, None), (3, 99), (None, None)],
+            [False, True],
+            [1, 5],
+            [1, 5, 7],
+        )
     ),
 )
 def test_windows_are_exact(impl, window, is_causal, n, m):

@@ -146,7 +146,7 @@ def test_each_treatment_does_what_it_says():
         sinks = models[name].layers[0].attend.attend.sinks
         assert sinks.requires_grad == there and bool(sinks.any()) == there
     assert models["temperature"].layers[0].attend.log_temperature.any()
-    assert models["gate"].layers[0].gate_proj.weight.grad.any()
+    assert models["gate"].layers[0].finish.gate_proj.weight.grad.any()
 
 
 def test_the_clip_holds_after_the_step_and_only_above_its_threshold():

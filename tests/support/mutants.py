@@ -1,4 +1,4 @@
-"""Named mutants: what is wrong on purpose, so that a check can show that it notices. Each is a behaviour, none is a text.
+"""Named mutants: wrong on purpose, so that a check can show that it notices. Each is a behaviour, none is a text.
 
 A mutant says in one sentence what is wrong with it, and `apply` makes it: what goes in and comes out stands with each
 group. `source` is where the bug was really seen, if it was.
@@ -71,7 +71,9 @@ LAYER = named(
     Mutant(
         "width before heads", "A head takes every h-th row instead of d rows in a row.", _with_rows(_tokens_for_heads)
     ),
-    Mutant("values for keys", "The stacked matrix is read as q, v, k instead of q, k, v.", _with_rows(_values_for_keys)),
+    Mutant(
+        "values for keys", "The stacked matrix is read as q, v, k instead of q, k, v.", _with_rows(_values_for_keys)
+    ),
     Mutant("one row late", "Every head's rows begin one row too far down.", _with_rows(_one_row_late)),
 )
 
@@ -131,7 +133,9 @@ REPEATS = named(  # (heads, copies) -> more heads
     Mutant("tiled heads", "Key-value heads are laid out 0 1 2 0 1 2 instead of 0 0 1 1 2 2.", _tiled_heads)
 )
 FOLDS = named(  # (q, k, v) -> output
-    Mutant("fold by i mod g", "Query head i is folded under key-value head i mod g instead of i // (h / g).", _mixed_fold)
+    Mutant(
+        "fold by i mod g", "Query head i is folded under key-value head i mod g instead of i // (h / g).", _mixed_fold
+    )
 )
 TURNS = named(
     *(
@@ -220,4 +224,6 @@ DEVICES = named(  # plugs: the first for `position`, the second for `attend`
     Mutant("mask in a plug", "A mask is made wherever tensors are made by default.", _mask_here),
 )
 
-ALL = dict(itertools.chain.from_iterable(group.items() for group in (LAYER, CLIPS, REPEATS, FOLDS, TURNS, WAYS, DEVICES)))
+ALL = dict(
+    itertools.chain.from_iterable(group.items() for group in (LAYER, CLIPS, REPEATS, FOLDS, TURNS, WAYS, DEVICES))
+)
