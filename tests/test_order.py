@@ -311,3 +311,46 @@ def test_costly_import_is_seen(tmp_path, line, caught):
     (tmp_path / "mha_book").mkdir()
     (tmp_path / "mha_book" / "__init__.py").write_text(line + "\n")
     assert bool(costly(loaded_beyond_torch(tmp_path))) == caught
+
+
+# What several test files use stands in tests/support
+
+
+def borrowed(folder: Path) -> list[str]:
+    "Which test files import another test file, at their top or inside a function."
+    names = {path.stem for path in folder.rglob("test_*.py")}
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or "", *(alias.name for alias in node.names)]
+            found += [f"{path.name} imports {name}" for name in modules if names & set(name.split("."))]
+    return found
+
+
+def test_no_test_file_imports_another():
+    assert borrowed(ROOT / "tests") == []
+
+
+@pytest.mark.parametrize(
+    "line, caught",
+    [
+        ("from support.pairs import every_pair", False),
+        ("import test_one", True),
+        ("from test_one import helper", True),
+        ("from heads.test_one import helper", True),
+        ("def f():\n    from heads import test_one", True),
+    ],
+)
+def test_a_borrowed_helper_is_seen(tmp_path, line, caught):
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "test_one.py").write_text("import torch\n")
+    (tmp_path / "test_two.py").write_text(line + "\n")
+    assert bool(borrowed(tmp_path)) == caught
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_modules_are_found_in_every_folder(folder):
+    "Lists that look at the package from above only would hold no module any more."
+    assert any(module.startswith(f"{folder}.") for module in modules(PACKAGE))

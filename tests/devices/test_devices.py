@@ -31,6 +31,7 @@ from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+from support.mutants import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 s = SIZES
@@ -46,16 +47,7 @@ def gpu():
         yield mode
 
 
-def table_plug(q, k, *, offset):
-    "Positions whose table was made wherever tensors are made by default."
-    table = torch.arange(q.shape[2], dtype=q.dtype)[:, None]
-    return q * table, k * table
-
-
-def causal_here(q, k, v, **options):
-    "A mask that was made on the default device."
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+table_plug, causal_here = DEVICES["position table"].apply, DEVICES["mask in a plug"].apply
 
 
 def layer_of(device, **options):

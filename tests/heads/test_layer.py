@@ -1,4 +1,4 @@
-"""The layer's public ways in: where a head's rows are, its queries, keys and values, its last socket, and who commits."""
+"""The layer's public ways in: where a head's rows are, q, k and v, the last socket, and who commits."""
 
 import copy
 from functools import partial
@@ -253,7 +253,7 @@ def test_a_layer_commits_its_own_cache_once_a_call():
 
 def test_the_outermost_block_commits_every_cache_once():
     layers, caches = [build(), build()], [Counting(s.b), Counting(s.b)]
-    with commit_once(*caches, None):
+    with commit_once(*caches):
         with commit_once(caches[0]):
             for layer, cache in zip(layers, caches):
                 layer(tokens(), cache=cache)
