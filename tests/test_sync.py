@@ -70,6 +70,7 @@ def test_drift_is_seen(fresh_export, tmp_path):
     package = tmp_path / "mha_book"
     shutil.copytree(fresh_export, package)
     (package / "heads" / "orphan.py").touch()
+    (package / "bench").mkdir(exist_ok=True)
     (package / "bench" / "orphan.py").write_text(f"# {GENERATED} File to edit: ../../nbs/gone.ipynb.\n")
     (package / "bench" / "plain.py").write_text("x = 1\n")  # written by hand, as it may be there
     (package / "heads" / "single_head.py").unlink()
