@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..heads.head_counts import with_heads
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import check_count, check_inputs, float32_at_least, fused_attend
-from ..heads.weight_split import HeadLayout
+from ..heads.weight_split import HeadLayout, not_plain
 
 # %% ../../nbs/16_grouped.ipynb #repeat
 def repeat_kv_heads(
@@ -123,6 +123,8 @@ def rotate_kv_heads(
     Raises ValueError for matrices that are no rotations (or reflections) of the layer's
     heads, and where something stands in between that does not turn with them.
     """
+    if fault := not_plain(layer):
+        raise TypeError(fault)
     for name, turns in (("keys", keys), ("values", values)):
         if turns is not None:
             _check_turns(layer, name, turns)
