@@ -18,6 +18,8 @@ FOLDERS = ["heads", "kernels", "plugs", "variants", "instruments", "models", "la
 STRANGERS = {("plugs", "instruments"), ("instruments", "plugs")}
 HELPERS = 90  # notebooks from here on serve the chapters, and are imported by none of them ...
 EXCEPTIONS = {("instruments.check", "instruments.testing")}  # ... but for this one
+# ... and for this one: it imports nothing of the package, and is the only place for what torch does not promise.
+FOR_EVERYBODY = {"kernels.torch_private"}
 # Notebook and module share a name wherever both are good names for it.
 OTHER_NAMES = {
     "02_multi_head": "head_list",
@@ -115,6 +117,8 @@ def is_wrong(name: str, other: str, place: dict[str, str]) -> bool:
     folders = name.rpartition(".")[0], other.rpartition(".")[0]
     if folders in STRANGERS or room(other) > room(name) or (name, other) in EXCEPTIONS:
         return (name, other) not in EXCEPTIONS
+    if other in FOR_EVERYBODY:
+        return False
     here, there = place.get(name), place.get(other)  # a plain module has no notebook
     if here is None or there is None:
         return False
@@ -165,6 +169,8 @@ PLACE = {
     "plugs.plug": "10_plug",
     "instruments.check": "25_check",
     "instruments.testing": "91_testing",
+    "kernels.kernel": "07_kernel",
+    "kernels.torch_private": "91_torch_private",
     "lab.proof": "22_proof",
     "bench.first": "91_first",
     "__init__": "99_api",
@@ -181,6 +187,10 @@ PLACE = {
         ("lab.proof", "from ..plugs import plug", False),
         ("instruments.check", "from .testing import f", False),
         ("bench.first", "from ..instruments.testing import f", False),
+        ("kernels.kernel", "from .torch_private import f", False),
+        ("plugs.plug", "from ..kernels.torch_private import f", False),
+        ("heads.one", "from ..kernels.torch_private import f", True),
+        ("kernels.torch_private", "from .kernel import f\nfrom ..plugs import plug", True),
         ("heads.two", "from .twice import f", True),
         ("heads.one", "from .two import f", True),
         ("heads.one", "def g():\n    from mha_book.heads.two import f", True),

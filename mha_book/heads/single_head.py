@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'plain_attention_weights', 'plain_attention',
            'join_masks', 'check_inputs', 'is_whole', 'is_number', 'float32_at_least', 'check_dropout', 'check_count',
-           'check_additions', 'AttentionHead', 'fused_attend']
+           'check_additions', 'AttentionHead', 'run_fused', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -259,6 +259,21 @@ def _one_mask(
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
+# %% ../../nbs/01_single_head.ipynb #fused-kernel
+def run_fused(
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None,
+    is_causal: bool, scale: float | None, dropout_p: float,
+) -> Tensor:
+    "What `fused_attend` does once its inputs have been checked."
+    (_, h, n, _), (_, g, m, _) = q.shape, k.shape
+    negative = scale is not None and scale <= 0    # torch's causal kernel gives NaN there
+    if mask is not None or bias is not None or is_causal and (n != m or negative):
+        mask, is_causal = _one_mask(n, m, mask, bias, is_causal, like=q), False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=h != g)
+
 # %% ../../nbs/01_single_head.ipynb #fused
 def fused_attend(
     q: Float[Tensor, "b h n d"],               # queries
@@ -279,10 +294,4 @@ def fused_attend(
     `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_inputs(q, k, v, mask, bias, dropout_p)
-    (_, h, n, _), (_, g, m, _) = q.shape, k.shape
-    negative = scale is not None and scale <= 0    # torch's causal kernel gives NaN there
-    if mask is not None or bias is not None or is_causal and (n != m or negative):
-        mask, is_causal = _one_mask(n, m, mask, bias, is_causal, like=q), False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=h != g)
+    return run_fused(q, k, v, mask, bias, is_causal, scale, dropout_p)
