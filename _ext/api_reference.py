@@ -1,8 +1,8 @@
 """The reference of the package, made from its source when the book is built.
 
-`api-folder:: heads` is a folder's page, a section a module and an entry a name. `public-names::` is the list of the names
-that `from mha_book import …` gives, in the groups of `__all__`. A public name in backticks anywhere in the book becomes a
-link to its entry, and a chapter's code cells become places that entries can point to.
+`api-folder:: heads` is a folder's page, a section a module and an entry a name. `public-names::` is the list of what
+`from mha_book import …` gives, in the groups of `__all__`. A public name in backticks anywhere in the book becomes
+a link to its entry, and a chapter's code cells become places that entries can point to.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def block(words: str) -> nodes.Element:
 
 
 def page_link(docname: str, anchor: str = "", words: str = "") -> nodes.reference:
-    "A link to a page, or a place in it, that is filled in when all pages are read; its words are the title unless told."
+    "A link to a page, or a place in it, filled in when all pages are read; its words are the title unless told."
     return nodes.reference("", words, internal=True, refuri="", api_page=docname, api_anchor=anchor)
 
 

@@ -89,7 +89,7 @@ def behind(notes: dict, line: int, column: int) -> str:
 
 
 def add_meanings(params: list[Param], notes: dict, column: int) -> None:
-    "Give each parameter the comment behind it or above it; one that begins with `all` holds for the lines below it too."
+    "Give each parameter the comment behind it or above it; one that begins with `all` holds for lines below too."
     shared, shared_line = "", 0
     for param in params:
         first, last = param.lines
@@ -153,7 +153,7 @@ def all_args(node: ast.FunctionDef) -> list[ast.arg]:
 
 
 def fields(node: ast.ClassDef, notes: dict) -> list[Param]:
-    "The fields of a dataclass, a NamedTuple, a TypedDict or a Protocol; those that begin with `_` are nobody's business."
+    "The fields of a dataclass, a NamedTuple, a TypedDict or a Protocol; those that begin with `_` are left out."
     params = []
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
@@ -206,7 +206,7 @@ def class_entry(node: ast.ClassDef, module: str, notes: dict) -> Entry:
                 entry.params = signature(item, notes, True)[0]
             elif item.name in ("__call__",) or not item.name.startswith("_"):
                 entry.members.append(function_entry(item, module, notes, node.name))
-    entry.members = [member for member in entry.members if member.doc]
+    entry.members = [member for member in entry.members if member.doc or "Protocol" in entry.bases]
     return entry
 
 
@@ -217,7 +217,7 @@ def exported(tree: ast.Module) -> list[str] | None:
 
 
 def read_module(source: str, module: str) -> list[Entry]:
-    "The entries of a module in their order: what `__all__` lists, or whatever is not private, and has something to say."
+    "The entries of a module in their order: what `__all__` lists, or whatever is not private."
     tree, notes = ast.parse(source), comments(source)
     listed, entries = exported(tree), {}
     homes = [(line, match) for line, match in enumerate(map(CELL.match, source.splitlines()), 1) if match]

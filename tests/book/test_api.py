@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_book import HTML, Anchors, needs_book
 
 import mha_book
-from test_book import HTML, Anchors, needs_book
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "_ext"))
@@ -85,7 +85,15 @@ def find(owner: str, member: str) -> api_source.Entry:
 # Where a name comes from
 
 
-MARKED = '# %% ../../nbs/01_one.ipynb #cut-1\ndef f(): "F."\n\n# %% ../../nbs/01_one.ipynb #b\nclass C:\n    "C."\n    def m(self): "M."\n'
+MARKED = """
+# %% ../../nbs/01_one.ipynb #cut-1
+def f(): "F."
+
+# %% ../../nbs/01_one.ipynb #b
+class C:
+    "C."
+    def m(self): "M."
+"""
 
 
 def test_the_line_before_a_definition_names_its_cell():
