@@ -7,6 +7,7 @@ names the notebook and the cell; a plain module has no such lines, and no chapte
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -306,15 +307,15 @@ class Package:
 
     def is_public(self, entry: Entry) -> bool:
         "Whether `from mha_book import …` gives it, or the class that it belongs to."
-        return entry.name.split(".")[0] in self.public and entry.module in self.sources()
+        name = entry.name.split(".")[0]
+        return name in self.public and self.sources.get(name) == entry.module
 
-    def sources(self) -> set[str]:
-        "The modules that public names are imported from."
-        if not hasattr(self, "_sources"):
-            tree = ast.parse((self.package / "__init__.py").read_text(encoding="utf8"))
-            imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-            self._sources = {re.sub(r"^mha_book\.", "", node.module) for node in imports}
-        return self._sources
+    @functools.cached_property
+    def sources(self) -> dict[str, str]:
+        "The module that each name of `__init__.py` is imported from."
+        tree = ast.parse((self.package / "__init__.py").read_text(encoding="utf8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        return {alias.name: node.module.removeprefix("mha_book.") for node in imports for alias in node.names}
 
     def title(self, entry: Entry) -> str:
         "Its shortest import path."

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_book import HTML, Anchors, needs_book
+from test_book import HTML, needs_book
 
 import mha_book
 
@@ -232,6 +232,11 @@ def entry_html(page: str, title: str) -> str:
     return text[:end]
 
 
+def cell_html(page: str, cell: str) -> str:
+    "A code cell of a built page, up to the next one."
+    return page.split(f'id="cell-{cell}"', 1)[1].split('id="cell-', 1)[0]
+
+
 def unbuilt(page: str, found: api_source.Entry, title: str) -> list[str]:
     "What an entry's HTML lacks: a row for each parameter, the chapter, its source."
     text = entry_html(page, title)
@@ -248,7 +253,7 @@ def test_every_public_name_is_found_in_the_built_book(found):
     page = inventory()[title].split("#")[0]
     assert unbuilt((HTML / page).read_text(encoding="utf8"), found, title) == []
     assert f'href="{page}#{title}"' in (HTML / "genindex.html").read_text(encoding="utf8")
-    assert f"cell-{found.cell}" in Anchors((HTML / f"{found.page}.html").read_text(encoding="utf8")).places
+    assert f">{found.name}<" in cell_html((HTML / f"{found.page}.html").read_text(encoding="utf8"), found.cell)
 
 
 def test_an_entry_that_lacks_something_in_the_page_is_seen():
@@ -261,3 +266,8 @@ def test_an_entry_that_lacks_something_in_the_page_is_seen():
     assert unbuilt(whole + later, found, "mha_book.split_heads") == []
     assert unbuilt(head + row.format("x") + later, found, "mha_book.split_heads") == ["num_heads", "chapter", "source"]
     assert unbuilt(head + later, found, "mha_book.split_heads") == ["x", "num_heads", "chapter", "source"]
+
+
+def test_a_definition_in_the_next_cell_is_not_taken_for_this_one():
+    page = '<div id="cell-a"><i>f</i></div><div id="cell-b"><i>g</i></div>'
+    assert ">f<" in cell_html(page, "a") and ">g<" not in cell_html(page, "a") and ">g<" in cell_html(page, "b")
