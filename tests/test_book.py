@@ -52,6 +52,7 @@ def browser_path() -> str | None:
 def newest_source() -> Path:
     "The file, of those that the book is built from, that was changed last."
     files = [*(ROOT / "_ext").glob("*.py"), ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "references.bib"]
+    files += (ROOT / "mha_book" / "bench").glob("*.py")  # no notebook exports these
     files += [p for p in (ROOT / "nbs").rglob("*.*") if ".ipynb_checkpoints" not in p.parts]
     return max(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime)
 
@@ -194,6 +195,15 @@ def test_search_finds_a_word(reader):
     page.goto(reader.address(HTML, "served") + "search.html?q=attention")
     page.wait_for_selector("#search-results li a", timeout=10_000)
     assert page.locator("#search-results li a").count() > 0
+    page.close()
+
+
+@needs_both
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "window_mask"])
+def test_search_finds_a_public_name_in_the_reference(reader, name):
+    page = reader.contexts["served"].new_page()
+    page.goto(reader.address(HTML, "served") + f"search.html?q={name}")
+    page.wait_for_selector(f"#search-results li a[href*='#mha_book.{name}']", timeout=10_000)
     page.close()
 
 

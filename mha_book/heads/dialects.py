@@ -54,6 +54,7 @@ class Dialect:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {choices}")
 
 # %% ../../nbs/04a_layouts.ipynb #dialects
+# How other libraries write the weights of attention, by the name of the library.
 DIALECTS = {
     # Llama, BERT
     "separate": Dialect(dict(q="q_proj", k="k_proj", v="v_proj", o="out_proj")),
