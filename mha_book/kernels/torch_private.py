@@ -39,7 +39,7 @@ def profiler_is_running() -> bool:
     return torch.autograd._profiler_enabled()
 
 
-def event_tree(profiler: torch.profiler.profile) -> list:
+def event_tree(profiler) -> list:
     "The events of a profiler that has stopped, each with its `children`."
     return profiler.profiler.kineto_results.experimental_event_tree()
 
