@@ -20,7 +20,6 @@ from textwrap import fill
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -28,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, join_masks
 from ..heads.weight_split import StackedProjections, not_plain
+from ..kernels.torch_private import is_custom_backward, is_view, own_buffers
 
 # %% ../../nbs/05_gradients.ipynb #node
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Cuts(TorchFunctionMode):
         """The cuts that the numbers of `tensor` have come through;
         any, if they come out of an `autograd.Function`, for that shows none of its calls.
         """
-        if tensor not in self.tensors and isinstance(tensor.grad_fn, BackwardCFunction):
+        if tensor not in self.tensors and is_custom_backward(tensor.grad_fn):
             self.tensors[tensor] = dict(self.noted)
         return self.tensors.get(tensor, {}) | self.memory.get(_address(tensor), {})
 
@@ -235,7 +235,7 @@ def _ways_back(tensors: list[Tensor]) -> list[tuple[GradientEdge, Tensor]]:
 
 def _leads_back(tensor: Tensor) -> bool:
     "Whether gradient goes on from here; a view made under `no_grad` only says so."
-    return tensor.requires_grad and (tensor.grad_fn is not None or not tensor._is_view())
+    return tensor.requires_grad and (tensor.grad_fn is not None or not is_view(tensor))
 
 # %% ../../nbs/05_gradients.ipynb #place
 # torch, this package, and what wraps annotated functions where shapes are checked
@@ -274,15 +274,15 @@ def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]) -> 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     "Afterwards the random state and the module's buffers are what they were before."
-    buffers = {part: dict(part._buffers) for part in module.modules()}
+    buffers = {part: dict(own_buffers(part)) for part in module.modules()}
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:
             for part, own in buffers.items():
-                part._buffers.clear()
-                part._buffers.update(own)
+                own_buffers(part).clear()
+                own_buffers(part).update(own)
             for buffer, before in values:    # by .data: a graph that saved it stays valid
                 buffer.data.copy_(before)
 
