@@ -9,8 +9,8 @@ class PaddedCache:
     def __init__(self, batch):
         self.seen, self.kept, self.pending = torch.zeros(batch, dtype=torch.int64), None, None
 
-    def append(self, k, v, padding=None):
-        real = torch.ones(len(k), k.shape[2], dtype=torch.bool) if padding is None else padding
+    def append(self, k, v, key_mask=None):
+        real = torch.ones(len(k), k.shape[2], dtype=torch.bool) if key_mask is None else key_mask
         new = (k, v, real[:, None, None])
         old = self.kept or [t.narrow(dim, 0, 0) for t, dim in zip(new, (2, 2, 3))]
         self.pending = [torch.cat(pair, dim) for *pair, dim in zip(old, new, (2, 2, 3))]
