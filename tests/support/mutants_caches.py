@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from mha_book.plugs import cache as module
 from mha_book.plugs.cache import Call, KVCache, Slots
 from mha_book.plugs.paged import BlockPool, PagedCache, Tables
 
 
 @dataclass(frozen=True)
 class Mutant:
-    "A class whose method `name` is exchanged: `make` gets the right one and returns the wrong one."
+    "A class, or a module, whose function `name` is exchanged: `make` gets the right one and returns the wrong one."
 
-    owner: type
+    owner: object
     name: str
     make: Callable
 
@@ -158,20 +159,13 @@ def front_without_end(right):
 
 
 def keeps_the_last_only(right):
-    def wrong(self, *args):
-        few, self.keep_first = self.keep_first, 0
-        try:
-            return right(self, *args)
-        finally:
-            self.keep_first = few
-
-    return wrong
+    return lambda self, m, held, longest, most, keep_first: right(self, m, held, longest, most, 0)
 
 
 def aligned_left(right):
-    def wrong(self, call, longest, m):
-        slots = right(self, call, longest, m)
-        kept = (self.held + call.added).clamp(max=self.most)
+    def wrong(self, m, held, longest, most, keep_first):
+        slots = right(self, m, held, longest, most, keep_first)
+        kept = (held + self.added).clamp(max=most)
         place = torch.arange(slots.shape[1]) + (slots.shape[1] - kept)[:, None]
         return slots.gather(1, place.clamp(max=slots.shape[1] - 1))
 
@@ -218,9 +212,7 @@ SLAB = {
     "first tokens hidden": Mutant(Call, "visible", visible(lambda w, few: (w, 0))),
     "shifts by the padding behind": Mutant(Call, "arrange", with_call(lambda call: call._replace(lead=call.trail))),
     "does not shift": Mutant(Call, "arrange", lambda right: lambda self, old, new: torch.cat([old, new], dim=2)),
-    "padding stays on the right": Mutant(
-        KVCache, "_kept", lambda right: lambda self, call, *args: right(self, call._replace(trail=0), *args)
-    ),
+    "padding stays on the right": Mutant(Call, "kept", with_call(lambda call: call._replace(trail=0))),
     "mask forgets the padding behind": Mutant(Call, "visible", with_call(lambda call: call._replace(trail=0))),
     "padding counts as tokens": Mutant(
         Call, "of", lambda right: lambda n, mask: (c := right(n, mask))._replace(added=n + 0 * c.lead)
@@ -238,9 +230,9 @@ SLAB = {
     "does not know that it is full": Mutant(KVCache, "_longest", never_full),
     "written one slot too far": Mutant(Slots, "write", writes_too_far),
     "moved to the front without its end": Mutant(Slots, "advance", front_without_end),
-    "last instead of first tokens": Mutant(KVCache, "_kept", keeps_the_last_only),
-    "rows aligned at the left": Mutant(KVCache, "_kept", aligned_left),
-    "crop does not ask what is gone": Mutant(KVCache, "_check_return", lambda right: lambda self, length: None),
+    "last instead of first tokens": Mutant(Call, "kept", keeps_the_last_only),
+    "rows aligned at the left": Mutant(Call, "kept", aligned_left),
+    "crop does not ask what is gone": Mutant(module, "check_return", lambda right: lambda *args: None),
     "crop takes what goes for what stays": Mutant(KVCache, "crop", crops_by_what_goes),
     "crop keeps what was appended": Mutant(KVCache, "crop", keeps_pending),
     "crop is not counted": Mutant(KVCache, "crop", crops_uncounted),
