@@ -7,18 +7,20 @@ __version__ = "0.1.0"
 __all__ = []
 
 # %% ../nbs/99_api.ipynb #api
-from .heads.dialects import Dialect, convert_weights, from_state_dict, from_torch, to_torch
-from .heads.head_list import HeadList
-from mha_book.heads.layer import (
-    HeadLayout,
-    MultiHeadAttention,
-    merge_heads,
-    nearest_head_counts,
-    pad_heads,
-    split_heads,
+from mha_book.heads.dialects import (
+    DIALECTS,
+    Dialect,
+    convert_weights,
+    from_state_dict,
+    from_torch,
+    to_torch,
 )
+from .heads.head_counts import pad_heads
+from .heads.head_list import HeadList
+from .heads.layer import Attend, Cache, Finish, MultiHeadAttention, Position, commit_once, nearest_head_counts
 from .heads.masks import convert_mask
 from .heads.single_head import AttentionHead, causal_mask, fused_attend
+from .heads.weight_split import HeadLayout, merge_heads, split_heads
 from .heads.which_dialect import fitting_dialects, guess_dialect
 from .instruments.cache_size import cache_bytes
 from .instruments.device import benchmark, peak_bytes, pick_device
@@ -26,27 +28,65 @@ from .instruments.dispatch import explain_dispatch
 from .instruments.gradients import gradient_report
 from .instruments.tolerance import error_report, head_statistics
 from .kernels import flex as _flex  # enters itself into the registry of `attention`
-from .kernels.backends import attention, attention_weights
+from mha_book.kernels.backends import (
+    attention,
+    attention_logits,
+    attention_weights,
+    implementations,
+    window_mask,
+)
 from .kernels.merging import attention_with_lse, merge_attention
 from .plugs.cache import KVCache
-from .plugs.logits import GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss
+from mha_book.plugs.logits import (
+    HeadTemperature,
+    OutputGate,
+    SinkAttention,
+    largest_logits,
+    qk_clip_,
+    z_loss,
+)
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
 from .plugs.rope import RoPE
-from .plugs.rope_scaling import RoPELinearScaling, RoPELlama3Scaling, RoPENTKScaling, RoPEYaRNScaling
-from .variants.grouped import align_kv_heads, folded_attend, mean_kv_heads, repeat_kv_heads, rotate_kv_heads
+from mha_book.plugs.rope_scaling import (
+    RoPELinearScaling,
+    RoPELlama3Scaling,
+    RoPENTKScaling,
+    RoPEYaRNScaling,
+)
+from mha_book.variants.grouped import (
+    align_kv_heads,
+    folded_attend,
+    mean_kv_heads,
+    repeat_kv_heads,
+    rotate_kv_heads,
+)
 
 __all__ = [
-    "ALiBi", "AttentionHead", "BlockPool", "Dialect", "GatedAttention", "HeadLayout",
-    "HeadList", "HeadTemperature", "KVCache", "LearnedPositions", "RoPELinearScaling",
-    "RoPELlama3Scaling", "MultiHeadAttention", "RoPENTKScaling", "PagedCache", "RelativeBias",
-    "RoPE", "SinkAttention", "RoPEYaRNScaling", "align_kv_heads", "attention",
-    "attention_weights", "attention_with_lse", "benchmark", "cache_bytes",
-    "causal_mask", "convert_weights", "convert_mask", "error_report", "explain_dispatch",
-    "fitting_dialects", "folded_attend", "from_state_dict", "from_torch",
-    "fused_attend", "gradient_report", "guess_dialect", "nearest_head_counts",
-    "head_statistics", "largest_logits", "merge_attention", "merge_heads",
-    "mean_kv_heads", "pad_heads", "peak_bytes", "pick_device", "qk_clip_",
-    "repeat_kv_heads", "sinusoidal_positions", "split_heads", "to_torch",
-    "rotate_kv_heads", "z_loss",
+    # The layer
+    "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
+    "nearest_head_counts", "pad_heads", "AttentionHead", "HeadList",
+    # Into `attend`
+    "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias",
+    "HeadTemperature", "SinkAttention",
+    # Into `position`
+    "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
+    "RoPELlama3Scaling",
+    # Into `finish`
+    "Finish", "OutputGate",
+    # Into `cache`
+    "Cache", "KVCache", "BlockPool", "PagedCache", "commit_once",
+    # Functions
+    "attention", "attention_weights", "attention_logits", "attention_with_lse",
+    "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",
+    "sinusoidal_positions", "z_loss", "qk_clip_",
+    # Weights and masks of others
+    "DIALECTS", "Dialect", "convert_weights", "from_state_dict", "from_torch",
+    "to_torch", "fitting_dialects", "guess_dialect", "convert_mask",
+    "repeat_kv_heads", "mean_kv_heads", "rotate_kv_heads", "align_kv_heads",
+    # Look at it
+    "gradient_report", "largest_logits", "head_statistics", "error_report",
+    "explain_dispatch",
+    # Measure it
+    "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

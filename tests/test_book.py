@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-HTML = ROOT / "_build" / "html"
+from support.built_book import HTML, NO_BOOK, ROOT, needs_book
+
 BROWSERS = [
     "chromium",
     "chromium-browser",
@@ -49,23 +49,6 @@ def browser_path() -> str | None:
     return next(filter(None, found), None)
 
 
-def newest_source() -> Path:
-    "The file, of those that the book is built from, that was changed last."
-    files = [*(ROOT / "_ext").glob("*.py"), ROOT / "_config.yml", ROOT / "_toc.yml", ROOT / "references.bib"]
-    files += [p for p in (ROOT / "nbs").rglob("*.*") if ".ipynb_checkpoints" not in p.parts]
-    return max(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime)
-
-
-def no_book() -> str:
-    "Why there is no book to test; empty if there is one."
-    index, source = HTML / "searchindex.js", newest_source()
-    if not index.exists():
-        return "the book is not built: make book"
-    if index.stat().st_mtime < source.stat().st_mtime:
-        return f"the built book is older than {source.relative_to(ROOT).as_posix()}: make book"
-    return ""
-
-
 def no_browser() -> str:
     "Why there is no browser to test with; empty if there is one."
     try:
@@ -76,7 +59,7 @@ def no_browser() -> str:
 
 
 REQUIRED = os.environ.get("MHA_BOOK_REQUIRED") == "1"
-NO_BOOK, NO_BROWSER = no_book(), no_browser()
+NO_BROWSER = no_browser()
 PAGES = sorted(
     p.relative_to(HTML).as_posix()
     for p in HTML.rglob("*.html")
@@ -85,7 +68,6 @@ PAGES = sorted(
 NOTEBOOK_PAGES = [page for page in PAGES if (ROOT / "nbs" / page).with_suffix(".ipynb").exists()]
 needs_browser = pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 needs_both = pytest.mark.skipif(bool(NO_BOOK or NO_BROWSER), reason=NO_BOOK or NO_BROWSER)
-needs_book = pytest.mark.skipif(bool(NO_BOOK), reason=NO_BOOK)
 
 
 @pytest.mark.skipif(not REQUIRED, reason="only where MHA_BOOK_REQUIRED=1")
@@ -194,6 +176,15 @@ def test_search_finds_a_word(reader):
     page.goto(reader.address(HTML, "served") + "search.html?q=attention")
     page.wait_for_selector("#search-results li a", timeout=10_000)
     assert page.locator("#search-results li a").count() > 0
+    page.close()
+
+
+@needs_both
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "window_mask"])
+def test_search_finds_a_public_name_in_the_reference(reader, name):
+    page = reader.contexts["served"].new_page()
+    page.goto(reader.address(HTML, "served") + f"search.html?q={name}")
+    page.wait_for_selector(f"#search-results li a[href*='#mha_book.{name}']", timeout=10_000)
     page.close()
 
 

@@ -348,11 +348,14 @@ def test_the_position_plug_is_told_where_it_stands():
     class Seen:
         seen = torch.tensor([3, 4])
 
-        def append(self, k, v, padding=None):
-            return k, v, padding[:, None, None]
+        def append(self, k, v, key_mask=None):
+            return k, v, key_mask[:, None, None]
 
         def commit(self):
             offsets.append("committed")
+
+        def crop(self, length):
+            raise NotImplementedError
 
     def position(q, k, *, offset):
         offsets.append(offset)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_book import MultiHeadAttention, fused_attend, merge_heads, pad_heads, split_heads
+from mha_book import MultiHeadAttention, fused_attend, merge_heads, pad_heads
 from mha_book.heads.single_head import plain_attention, plain_attention_weights
 from mha_book.instruments.testing import reference_attention
 
@@ -160,9 +160,9 @@ def layers(draw):
 @given(layers(), st.booleans())
 def test_the_attention_map_explains_the_output(problem, is_causal):
     layer, x = problem
-    _, _, v = layer.project(x, None)
+    _, _, v = layer.qkv(x)
     weights = layer.attention_map(x, is_causal=is_causal)
-    mixed = weights @ expand(split_heads(v, layer.layout.num_kv_heads), weights)
+    mixed = weights @ expand(v, weights)
     assert_close(layer.out_proj(merge_heads(mixed)), layer(x, is_causal=is_causal))
 
 

@@ -236,6 +236,7 @@ def _compile_now(module: nn.Module, x: Tensor, options: dict) -> tuple[Callable,
 
     with config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what torch's compiler itself still uses
         fast, start = torch.compile(module, options=options), time.perf_counter()
         fast(x)
         synchronize(x.device)

@@ -7,15 +7,15 @@ __all__ = ['DIALECTS', 'Dialect', 'interleave_pairs', 'convert_weights', 'from_s
 
 # %% ../../nbs/04a_layouts.ipynb #imports
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from .layer import HeadLayout, MultiHeadAttention
+from .layer import Attend, Finish, MultiHeadAttention, Position
 from .single_head import fused_attend, plain_attention
+from .weight_split import HeadLayout, not_plain
 
 # %% ../../nbs/04a_layouts.ipynb #dialect
 _AXES = "hd e", "e hd", "h d e", "h e d", "e h d"
@@ -54,6 +54,7 @@ class Dialect:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {choices}")
 
 # %% ../../nbs/04a_layouts.ipynb #dialects
+# How other libraries write the weights of attention, by the name of the library.
 DIALECTS = {
     # Llama, BERT
     "separate": Dialect(dict(q="q_proj", k="k_proj", v="v_proj", o="out_proj")),
@@ -313,8 +314,9 @@ def from_state_dict(
     dialect: str | Dialect = "stacked", # how they are written
     *,
     prefix: str = "",                   # what the names of this layer begin with
-    position: Callable | None = None,   # the layer's socket for positions
-    attend: Callable | None = None,     # and for the attention itself
+    position: Position | None = None,   # the layer's socket for positions
+    attend: Attend | None = None,       # for the attention itself
+    finish: Finish | None = None,       # and for what becomes of the heads
 ) -> MultiHeadAttention:                # a layer that computes the same
     """A layer with foreign weights. Its widths, dtype and device are those of the weights.
 
@@ -327,7 +329,7 @@ def from_state_dict(
     layer = MultiHeadAttention(
         e, heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
         out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
-        position=position, attend=attend, device="meta")    # `assign` brings a device
+        position=position, attend=attend, finish=finish, device="meta")    # `assign` brings a device
     weights = _write(found, _own_dialect(layer), heads)
     layer.load_state_dict(weights, strict=False, assign=True)    # plugs keep what they have
     return layer
@@ -401,15 +403,18 @@ def to_torch(
 
     Masks change their meaning on the way: see `convert_mask`.
     Raises ValueError that names what torch's layer does not have: grouped heads,
-    other widths, norms, positions, another attention.
+    other widths, norms, positions, another attention, a finish plug; TypeError where a
+    projection is no plain matrix.
     """
+    if fault := not_plain(layer):
+        raise TypeError(fault)
     (h, g, d), e, out = layer.layout, layer.in_proj.in_features, layer.out_proj
     _refuse("nn.MultiheadAttention", {
         f"{h} query heads on {g} key-value heads": g != h,
         f"{h} heads of width {d} in a width of {e}": h * d != e,
         f"an output of width {out.out_features}": out.out_features != e,
         "a forward of its own": type(layer).forward is not MultiHeadAttention.forward,
-        "a gate": type(layer)._hand_on is not MultiHeadAttention._hand_on,
+        "finish": layer.finish is not None,
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": layer.attend not in (plain_attention, fused_attend)})
     c = layer.context_proj.in_features if layer.context_proj else e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'plain_attention_weights', 'plain_attention',
            'join_masks', 'check_inputs', 'is_whole', 'is_number', 'float32_at_least', 'check_dropout', 'check_count',
-           'check_additions', 'AttentionHead', 'fused_attend']
+           'check_additions', 'AttentionHead', 'run_fused', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -123,10 +123,9 @@ def check_inputs(
     Raises ValueError for shapes, devices and ranges, TypeError for dtypes;
     the message names argument, values and a way out.
     """
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"q, k, v need 4 axes, batch, heads, length, width; "
-                         f"got {q.dim()}, {k.dim()}, {v.dim()}: one head is x[:, None]")
-    _check_shapes(q.shape, k.shape, v.shape)
+    shape = q.shape
+    if len(shape) != 4 or not shape == k.shape == v.shape or 0 in shape:
+        _check_shapes(shape, k.shape, v.shape)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"dtype differs: query {q.dtype}, key {k.dtype}, value {v.dtype}; "
                         f"convert with .to(q.dtype)")
@@ -171,6 +170,9 @@ def check_count(name: str, value: int) -> None:
 
 # %% ../../nbs/01_single_head.ipynb #checks-shapes
 def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
+    if not len(q) == len(k) == len(v) == 4:
+        raise ValueError(f"q, k, v need 4 axes, batch, heads, length, width; "
+                         f"got {len(q)}, {len(k)}, {len(v)}: one head is x[:, None]")
     if not q[0] == k[0] == v[0]:
         raise ValueError(f"batch differs: query {q[0]}, key {k[0]}, value {v[0]}")
     if k[2] != v[2]:
@@ -257,6 +259,21 @@ def _one_mask(
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
+# %% ../../nbs/01_single_head.ipynb #fused-kernel
+def run_fused(
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None,
+    is_causal: bool, scale: float | None, dropout_p: float,
+) -> Tensor:
+    "What `fused_attend` does once its inputs have been checked."
+    (_, h, n, _), (_, g, m, _) = q.shape, k.shape
+    negative = scale is not None and scale <= 0    # torch's causal kernel gives NaN there
+    if mask is not None or bias is not None or is_causal and (n != m or negative):
+        mask, is_causal = _one_mask(n, m, mask, bias, is_causal, like=q), False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=h != g)
+
 # %% ../../nbs/01_single_head.ipynb #fused
 def fused_attend(
     q: Float[Tensor, "b h n d"],               # queries
@@ -277,10 +294,4 @@ def fused_attend(
     `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_inputs(q, k, v, mask, bias, dropout_p)
-    n, m = q.shape[2], k.shape[2]
-    negative = scale is not None and scale <= 0    # torch's causal kernel gives NaN there
-    if mask is not None or bias is not None or is_causal and (n != m or negative):
-        mask, is_causal = _one_mask(n, m, mask, bias, is_causal, like=q), False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1])
+    return run_fused(q, k, v, mask, bias, is_causal, scale, dropout_p)

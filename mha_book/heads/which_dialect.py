@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .dialects import DIALECTS, _dialect, _read, _under, from_state_dict
-from .layer import HeadLayout
+from .weight_split import HeadLayout
 
 # %% ../../nbs/04c_which_dialect.ipynb #fitting
 def fitting_dialects(

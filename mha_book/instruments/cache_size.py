@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..heads.layer import HeadLayout
 from ..heads.single_head import check_count
+from ..heads.weight_split import HeadLayout
 
 # %% ../../nbs/10b_decoding.ipynb #cache-bytes
 def cache_bytes(

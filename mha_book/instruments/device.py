@@ -20,6 +20,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
+from ..kernels.torch_private import event_tree, is_allocation, profiler_is_running
+
 # %% ../../nbs/06a_device.ipynb #pick-code
 def pick_device(
     name: str | torch.device | None = None,   # "cuda:1", "cpu", ...; None = choose
@@ -218,7 +220,7 @@ def _quiet_stderr():
 def _allocations(events) -> Iterator[tuple[int, int, int]]:
     "All (time, address, bytes) of the CPU's allocations and frees; a free is negative."
     for event in events:
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if is_allocation(event):
             block = event.extra_fields
             if block.device.type == "cpu":
                 yield event.start_time_ns, block.ptr, block.alloc_size
@@ -227,7 +229,7 @@ def _allocations(events) -> Iterator[tuple[int, int, int]]:
 # %% ../../nbs/06a_device.ipynb #bytes-code-cpu-peak
 def _cpu_peak(call: Callable[[], object]) -> int:
     "`peak_bytes` on a CPU."
-    if torch.autograd._profiler_enabled():
+    if profiler_is_running():
         raise RuntimeError("peak_bytes reads a CPU's memory by torch's profiler, and one is "
                            "running already; call it outside of that")
     cpu = [torch.profiler.ProfilerActivity.CPU]
@@ -240,8 +242,7 @@ def _cpu_peak(call: Callable[[], object]) -> int:
         with _quiet_stderr():
             profiler.stop()
     held, now, peak = {}, 0, 0
-    events = profiler.profiler.kineto_results.experimental_event_tree()
-    for _, address, size in sorted(_allocations(events), key=itemgetter(0)):
+    for _, address, size in sorted(_allocations(event_tree(profiler)), key=itemgetter(0)):
         if size > 0:
             held[address] = size
         # a free of what was there before is none of this call's business

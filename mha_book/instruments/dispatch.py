@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.backends import BACKENDS, AttentionCall, _check_call, _choose, _sdpa
+from mha_book.kernels.backends import (
+    BACKENDS,
+    AttentionCall,
+    checked_call,
+    choose_backend,
+)
+from ..kernels.torch_private import fused_sdp_choice
 
 # %% ../../nbs/07b_dispatch.ipynb #kernel
 KERNELS = {SDPBackend.FLASH_ATTENTION: "flash", SDPBackend.EFFICIENT_ATTENTION: "efficient",
@@ -37,8 +43,8 @@ def torch_kernel(
     asked of torch itself. Nothing is computed.
     """
     def ask():
-        return SDPBackend(torch._fused_sdp_choice(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
+        return fused_sdp_choice(q, k, v, attn_mask, dropout_p, is_causal, scale=scale,
+                                enable_gqa=enable_gqa)
 
     try:
         chosen = KERNELS.get(ask(), "of another device")
@@ -115,13 +121,12 @@ def explain_dispatch(
 
     Raises as `attention` does.
     """
-    call = AttentionCall(q, k, v, mask, bias, is_causal, window, scale, softcap, sinks,
-                         dropout_p)
-    _check_call(call, impl)
-    name, asked = _choose(call, impl), _Asked()
+    call = checked_call(q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window,
+                        scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p)
+    name, asked = choose_backend(call, impl), _Asked()
     if name == "sdpa":
         with asked:
-            _sdpa(call)
+            BACKENDS[name].run(call)
     others = {other: _why_not_impl(call, other, name, impl)
               for other in BACKENDS if other != name}
     return Dispatch(name, asked.kernel, others, asked.kernels or {})

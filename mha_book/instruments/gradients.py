@@ -20,13 +20,14 @@ from textwrap import fill
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..heads.layer import MultiHeadAttention, StackedProjections
+from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, join_masks
+from ..heads.weight_split import StackedProjections, not_plain
+from ..kernels.torch_private import is_custom_backward, is_view, own_buffers
 
 # %% ../../nbs/05_gradients.ipynb #node
 @dataclass(frozen=True)
@@ -135,20 +136,11 @@ def _reason_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
             yield fill(f"  {' '.join([name, *parts]).strip()}", 90, subsequent_indent="  ")
 
 # %% ../../nbs/05_gradients.ipynb #pieces
-def _holds_its_weights(layer: StackedProjections) -> bool:
-    "Whether its matrices are parameters, not made of others, as by an adapter."
-    own = (p for p in (layer.in_proj, layer.context_proj, layer.out_proj) if p is not None)
-    return all(isinstance(getattr(proj, "weight", None), nn.Parameter) for proj in own)
-
-
 def _pieces(layer: StackedProjections, part: str, head: int) -> list[tuple[Tensor, object]]:
     "The parameters that hold one head's part, each with the place of it there."
+    proj, rows = layer.rows(part, head)
     if part == "o":
-        return [(layer.out_proj.weight, (slice(None), layer.layout.rows("q", head)))]
-    proj, rows = layer.in_proj, layer.layout.rows(part, head)
-    if part != "q" and layer.context_proj is not None:
-        proj, above = layer.context_proj, layer.layout.sizes[0]
-        rows = slice(rows.start - above, rows.stop - above)
+        return [(proj.weight, (slice(None), rows))]
     return [(p, rows) for p in (proj.weight, proj.bias) if p is not None]
 
 # %% ../../nbs/05_gradients.ipynb #cut
@@ -183,7 +175,7 @@ class _Cuts(TorchFunctionMode):
         """The cuts that the numbers of `tensor` have come through;
         any, if they come out of an `autograd.Function`, for that shows none of its calls.
         """
-        if tensor not in self.tensors and isinstance(tensor.grad_fn, BackwardCFunction):
+        if tensor not in self.tensors and is_custom_backward(tensor.grad_fn):
             self.tensors[tensor] = dict(self.noted)
         return self.tensors.get(tensor, {}) | self.memory.get(_address(tensor), {})
 
@@ -243,7 +235,7 @@ def _ways_back(tensors: list[Tensor]) -> list[tuple[GradientEdge, Tensor]]:
 
 def _leads_back(tensor: Tensor) -> bool:
     "Whether gradient goes on from here; a view made under `no_grad` only says so."
-    return tensor.requires_grad and (tensor.grad_fn is not None or not tensor._is_view())
+    return tensor.requires_grad and (tensor.grad_fn is not None or not is_view(tensor))
 
 # %% ../../nbs/05_gradients.ipynb #place
 # torch, this package, and what wraps annotated functions where shapes are checked
@@ -282,22 +274,23 @@ def _watch(layers: Iterable[StackedProjections], loss: Callable[[], Tensor]) -> 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     "Afterwards the random state and the module's buffers are what they were before."
-    buffers = {part: dict(part._buffers) for part in module.modules()}
+    buffers = {part: dict(own_buffers(part)) for part in module.modules()}
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:
             for part, own in buffers.items():
-                part._buffers.clear()
-                part._buffers.update(own)
+                own_buffers(part).clear()
+                own_buffers(part).update(own)
             for buffer, before in values:    # by .data: a graph that saved it stays valid
                 buffer.data.copy_(before)
 
 # %% ../../nbs/05_gradients.ipynb #sees
 def _sees(layer: MultiHeadAttention, x: Tensor, context: Tensor | None = None, *,
           mask: Tensor | None = None, key_mask: Tensor | None = None,
-          bias: Tensor | None = None, is_causal: bool = False, cache=None) -> Tensor:
+          bias: Tensor | None = None, is_causal: bool = False, cache=None,
+          key_padding_mask: None = None) -> Tensor:
     "For each head, whether any query may look at any key in this call of `layer`."
     n, m = x.shape[1], (x if context is None else context).shape[1]
     grid = torch.ones(1, layer.layout.num_heads, 1, 1, dtype=torch.bool, device=x.device)
@@ -413,7 +406,7 @@ def gradient_report(
     or the way back leads through a reentrant checkpoint.
     """
     layers = {name: layer for name, layer in module.named_modules()
-              if isinstance(layer, StackedProjections) and _holds_its_weights(layer)}
+              if isinstance(layer, StackedProjections) and not not_plain(layer)}
     with _as_it_was(module):
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
         _check_report(module, watched[0])

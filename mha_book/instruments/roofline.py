@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..heads.layer import HeadLayout
-from ..heads.single_head import check_count
+from ..heads.single_head import check_count, is_number
+from ..heads.weight_split import HeadLayout
 from .device import benchmark, timed_on
 
 # %% ../../nbs/06b_roofline.ipynb #work
@@ -48,7 +48,7 @@ class Machine:
 
     def __post_init__(self):
         for name, value in (("flops", self.flops), ("bandwidth", self.bandwidth)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            if not is_number(value):
                 raise TypeError(f"{name} of {self.name} must be a number, got {value!r}")
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} of {self.name} must be positive and finite, "

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.single_head import check_inputs, masked_softmax
+from ..heads.single_head import check_inputs, masked_softmax, repeat_groups
 from .floats import float_format, round_to
 from ..kernels.backends import attention, attention_logits, largest_sizes
 
@@ -51,7 +51,7 @@ def rounded_attention(
         return round_to(x, dtype) if step in steps else x
 
     q, k, v = (t.to(torch.float64) for t in (q, k, v))
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    k, v = (repeat_groups(t, q.shape[1]) for t in (k, v))
     scores = stored(stored(q * q.shape[3] ** -0.5, "scale") @ k.mT, "scores")
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)

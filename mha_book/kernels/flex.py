@@ -14,16 +14,17 @@ from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
+from ..heads.single_head import float32_at_least
 from .backends import BACKENDS, AttentionCall, Backend
+from .torch_private import is_fake
 
 # %% ../../nbs/07c_flex.ipynb #flex-blocks
 def _near(n: int, m: int, left: int | None, right: int | None, device: torch.device):
     "FlexAttention's list of the blocks that `left` and `right` leave something of."
     from torch.nn.attention.flex_attention import create_block_mask
 
-    first, far = m - n, m + n    # where query 0 stands; farther than any two tokens
+    first, far = m - n, m + n    # where query 0 stands, as in `query_places`; a bound
     left, right = (far if side is None else side for side in (left, right))
     with torch.inference_mode(False):    # a list that is kept must serve training too
         return create_block_mask(
@@ -40,12 +41,12 @@ def _flex(call: AttentionCall) -> Tensor:
     """
     from torch.nn.attention.flex_attention import AuxRequest
 
-    q, k, v = call[:3]
+    q, k, v = call.q, call.k, call.v
     if not call.needs_grad:    # on a CPU torch refuses leaves even without gradients
         q, k, v = q.detach(), k.detach(), v.detach()
     sides, options = call.sides, dict(scale=call.scale, score_mod=_score_mod(call))
     if sides != (None, None):
-        passing = torch.compiler.is_compiling() or detect_fake_mode((q,)) is not None
+        passing = torch.compiler.is_compiling() or is_fake(q)
         near = _near if passing else _near_once
         options["block_mask"] = near(q.shape[2], k.shape[2], *sides, q.device)
     if call.sinks is not None:
@@ -68,7 +69,7 @@ def _score_mod(call: AttentionCall) -> Callable | None:
     same = lambda s, *place: s  # noqa: E731
     capped = biased = visible = same
     if top is not None:    # as a tensor, for another number would compile another kernel
-        wide = torch.promote_types(call.q.dtype, torch.float32)
+        wide = float32_at_least(call.q.dtype)
         top = torch.full((), top, dtype=wide, device=call.q.device)
         capped = lambda s: top * torch.tanh(s / top)  # noqa: E731
     if bias is not None:
@@ -125,7 +126,7 @@ def _flex_declines(call: AttentionCall) -> str | None:
     "It pays where a compiled kernel replaces large matrices."
     if call.q.device.type != "cuda":
         return "it is not compiled here, and holds the scores as math does"
-    if call.softcap is None and call.window is None:
+    if call.softcap is None and not call.windowed:
         return "it pays for a softcap and a window"
     small = call.q.shape[2] * call.k.shape[2] < 2 ** 20
     return "below 1024 x 1024 a compilation is hardly paid back" if small else None

@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..heads.single_head import masked_softmax
-from .backends import AttentionCall, _check_call, call_logits
+from ..heads.single_head import float32_at_least, masked_softmax, repeat_groups
+from .backends import call_logits, checked_call
 
 # %% ../../nbs/12b_softmax.ipynb #lse
 def _log_sum_exp(
     logits: Float[Tensor, "*batch m"],  # a logit -inf counts as hidden
 ) -> Float[Tensor, "*batch"]:           # -inf where nothing is visible, with gradient 0
     "log Σ exp over the last axis, in float32 or wider."
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(float32_at_least(logits.dtype))
     nowhere = (logits == -math.inf).all(-1)
     total = logits.masked_fill(nowhere[..., None], 0.0).logsumexp(-1)
     return total.masked_fill(nowhere, -math.inf)
@@ -43,7 +43,7 @@ def merge_attention(
     """
     _check_parts(outs, lses)
     narrow = reduce(torch.promote_types, [out.dtype for out in outs])
-    wide = reduce(torch.promote_types, [lse.dtype for lse in lses], narrow)
+    wide = float32_at_least(narrow, *(lse.dtype for lse in lses))
     logits = torch.stack([lse.to(wide) for lse in lses], dim=-1)    # one key a part
     values = torch.stack([out.to(wide) for out in outs], dim=-2)
     shares = masked_softmax(logits, None)[..., None]
@@ -102,12 +102,11 @@ def attention_with_lse(
     last one say it with `mask`. Give `sinks` to one part only.
     Raises as `attention` does.
     """
-    call = AttentionCall(q, k, v, mask, bias, is_causal, window, scale, softcap, sinks)
-    _check_call(call, "math")
-    logits = call_logits(call)
+    logits = call_logits(checked_call(
+        q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window, scale=scale,
+        softcap=softcap, sinks=sinks))
     lse = _log_sum_exp(logits)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    out = masked_softmax(logits, None) @ v
+    out = masked_softmax(logits, None) @ repeat_groups(v, q.shape[1])
     if sinks is None:
         return out, lse
     sinks = sinks.to(lse.dtype).clamp(max=torch.finfo(lse.dtype).max)    # ∞ - ∞ is NaN

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..heads.layer import MultiHeadAttention, merge_heads, split_heads
+from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, fused_attend
+from ..heads.weight_split import merge_heads, split_heads
 
 # %% ../../nbs/07d_nine_ways.ipynb #way
 class Way(nn.Module):
@@ -69,6 +70,7 @@ def _check_plain(layer: nn.Module) -> None:
         "qk_norm": layer.q_norm is not None,
         "position": layer.position is not None,
         "attend": layer.attend is not fused_attend,
+        "finish": layer.finish is not None,
         f"dropout {layer.dropout}": layer.dropout != 0,
     }
     found = [name for name, there in faults.items() if there]

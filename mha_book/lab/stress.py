@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..heads.layer import MultiHeadAttention
 from ..kernels.backends import attention, attention_logits, largest_sizes
-from ..plugs.logits import GatedAttention, HeadTemperature, SinkAttention, qk_clip_, z_loss
+from ..plugs.logits import HeadTemperature, OutputGate, SinkAttention, qk_clip_, z_loss
 
 # %% ../../nbs/13b_stress.ipynb #training
 @dataclass(frozen=True)
@@ -212,6 +212,13 @@ def _fixed_scale(width: int, heads: int) -> MultiHeadAttention:
     return MultiHeadAttention(width, heads, attend=plug)
 
 
+def _gated(width: int, heads: int) -> MultiHeadAttention:
+    "A layer with a gate on every number that a head gives."
+    layer = MultiHeadAttention(width, heads, attend=Watched())
+    layer.finish = OutputGate(width, heads)
+    return layer
+
+
 _plain = _layer(lambda heads: Watched())
 TREATMENTS = {
     "plain": Treatment("nothing is held", _plain),
@@ -228,8 +235,7 @@ TREATMENTS = {
         lambda heads: Watched(SinkAttention(heads)))),
     "off-by-one": Treatment("a sink of 0 for each head", _layer(
         lambda heads: Watched(SinkAttention(heads).requires_grad_(False)))),
-    "gate": Treatment("a gate on every number that a head gives", lambda width, heads:
-        GatedAttention(width, heads, attend=Watched())),
+    "gate": Treatment("a gate on every number that a head gives", _gated),
     "qk-clip": Treatment("rows of heads above 100 are shrunk", _plain, threshold=100.0),
     "z-loss": Treatment("1e-4 times the z-loss is added", _plain, penalty=1e-4),
 }

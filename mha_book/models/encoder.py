@@ -200,10 +200,10 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        real: Bool[Tensor, "b n"] | None = None,    # True = a real token
+        key_mask: Bool[Tensor, "b n"] | None = None,    # True = a real token
     ) -> Float[Tensor, "b n e"]:
         "`y = LN(x + MHA(x))`, then `LN(y + W2 GELU(W1 y))`."
-        x = self.attention_norm(x + self.attention(x, key_mask=real))
+        x = self.attention_norm(x + self.attention(x, key_mask=key_mask))
         return self.norm(x + self.down(F.gelu(self.up(x))))
 
 # %% ../../nbs/21_pretrained.ipynb #encoder-code-Encoder
@@ -228,9 +228,9 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        ids: Int[Tensor, "b n"],                  # token numbers
-        real: Bool[Tensor, "b n"] | None = None,  # True = a real token
-    ) -> list[Float[Tensor, "b n e"]]:            # before the first layer, and after each
+        ids: Int[Tensor, "b n"],                      # token numbers
+        key_mask: Bool[Tensor, "b n"] | None = None,  # True = a real token
+    ) -> list[Float[Tensor, "b n e"]]:                # before the first layer, and after each
         "All hidden states; ValueError where a row is longer than the position table."
         n = ids.shape[1]
         if n > self.config.max_len:
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         x = self.word(ids) + self.position.weight[:n] + self.segment.weight[0]
         states = [self.norm(x)]
         for layer in self.layers:
-            states.append(layer(states[-1], real))
+            states.append(layer(states[-1], key_mask))
         return states
 
 # %% ../../nbs/21_pretrained.ipynb #convert-code
@@ -342,16 +342,17 @@ def encode(
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; put it in a list: [sentence]")
     rows = tokenizer.encode_batch(sentences)
-    ids, real = ([getattr(row, name) for row in rows] for name in ("ids", "attention_mask"))
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device).bool()
+    ids, key_mask = ([getattr(row, name) for row in rows]
+                     for name in ("ids", "attention_mask"))
+    return torch.tensor(ids, device=device), torch.tensor(key_mask, device=device).bool()
 
 # %% ../../nbs/21_pretrained.ipynb #embed-mean-pool
 def mean_pool(
     x: Float[Tensor, "b n e"],
-    real: Bool[Tensor, "b n"],    # True = a real token
+    key_mask: Bool[Tensor, "b n"],    # True = a real token
 ) -> Float[Tensor, "b e"]:
     "The mean of each row's real tokens."
-    weight = real.unsqueeze(-1).to(x.dtype)
+    weight = key_mask.unsqueeze(-1).to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1)
 
 # %% ../../nbs/21_pretrained.ipynb #embed-embed
@@ -363,5 +364,5 @@ def embed(
     """The mean of the last hidden state over the real tokens, at length 1
     (Reimers and Gurevych 2019, arXiv 1908.10084).
     """
-    ids, real = encode(tokenizer, sentences, encoder.word.weight.device)
-    return F.normalize(mean_pool(encoder(ids, real)[-1], real), dim=-1)
+    ids, key_mask = encode(tokenizer, sentences, encoder.word.weight.device)
+    return F.normalize(mean_pool(encoder(ids, key_mask)[-1], key_mask), dim=-1)

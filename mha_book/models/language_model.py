@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..heads.dialects import convert_weights
-from ..heads.layer import HeadLayout, MultiHeadAttention
+from ..heads.layer import Cache, MultiHeadAttention, commit_once
+from ..heads.single_head import is_whole
+from ..heads.weight_split import HeadLayout
 from .encoder import _need, check_digest, check_tensors, package_file
 from ..plugs.cache import KVCache
 from ..plugs.rope import RoPE
@@ -144,24 +146,14 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        real: Bool[Tensor, "b n"] | None = None,    # True = a real token
-        cache=None,                                 # keeps keys and values between calls
+        key_mask: Bool[Tensor, "b n"] | None = None,    # True = a real token
+        cache: Cache | None = None,                     # keeps keys and values between calls
     ) -> Float[Tensor, "b n e"]:
         "`y = x + MHA(norm(x))`, then `y + down(silu(gate) * up)`."
-        x = x + self.attention(self.attention_norm(x), key_mask=real,
+        x = x + self.attention(self.attention_norm(x), key_mask=key_mask,
                                is_causal=True, cache=cache)
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
-
-# %% ../../nbs/22a_language_model.ipynb #waiting
-class _Waiting:
-    "A cache whose `commit` waits: the model calls it when all layers have succeeded."
-
-    def __init__(self, cache: KVCache):
-        self.append, self.seen = cache.append, cache.seen
-
-    def commit(self) -> None:
-        pass
 
 # %% ../../nbs/22a_language_model.ipynb #language-model
 class LanguageModel(nn.Module):
@@ -209,11 +201,11 @@ class LanguageModel(nn.Module):
 
     def states(
         self,
-        ids: Int[Tensor, "b n"],                   # token numbers
+        ids: Int[Tensor, "b n"],                       # token numbers
         *,
-        real: Bool[Tensor, "b n"] | None = None,   # True = a real token
-        cache: list[KVCache] | None = None,        # from `new_cache`
-    ) -> Float[Tensor, "b n e"]:                   # before they become scores
+        key_mask: Bool[Tensor, "b n"] | None = None,   # True = a real token
+        cache: list[Cache] | None = None,              # one per layer, as from `new_cache`
+    ) -> Float[Tensor, "b n e"]:                       # before they become scores
         """The last hidden states. Where it fails, no cache has changed.
 
         Raises ValueError where `ids` without a cache are more than the model was trained
@@ -225,12 +217,10 @@ class LanguageModel(nn.Module):
         if cache is None:
             self.check_length(ids.shape[1])
         x = self.word(ids)
-        for layer, kept in zip(self.layers, repeat(None) if cache is None else cache):
-            x = layer(x, real, None if kept is None else _Waiting(kept))
-        states = self.norm(x)
-        for kept in cache or ():
-            kept.commit()
-        return states
+        with commit_once(*cache or ()):
+            for layer, kept in zip(self.layers, cache or repeat(None)):
+                x = layer(x, key_mask, kept)
+            return self.norm(x)
 
     def logits(
         self,
@@ -243,11 +233,11 @@ class LanguageModel(nn.Module):
         self,
         ids: Int[Tensor, "b n"],
         *,
-        real: Bool[Tensor, "b n"] | None = None,
-        cache: list[KVCache] | None = None,
+        key_mask: Bool[Tensor, "b n"] | None = None,
+        cache: list[Cache] | None = None,
     ) -> Float[Tensor, "b n vocab"]:
         "The score of every next token, after each token. Arguments as in `states`."
-        return self.logits(self.states(ids, real=real, cache=cache))
+        return self.logits(self.states(ids, key_mask=key_mask, cache=cache))
 
 # %% ../../nbs/22a_language_model.ipynb #convert-llama
 def convert_llama(
@@ -321,43 +311,43 @@ def load_smollm2(
 # %% ../../nbs/22a_language_model.ipynb #generate
 def generate(
     model: LanguageModel,
-    ids: Int[Tensor, "b n"],                  # prompts, padded on the left
+    ids: Int[Tensor, "b n"],                      # prompts, padded on the left
     max_new_tokens: int,
     *,
-    real: Bool[Tensor, "b n"] | None = None,  # True = a real token
-    stop: int | None = None,                  # end when each row has said this token
+    key_mask: Bool[Tensor, "b n"] | None = None,  # True = a real token
+    stop: int | None = None,                      # end when each row has said this token
     # scores, b vocab -> tokens, b; the highest score unless told
     choose: Callable = partial(torch.argmax, dim=-1),
-) -> Iterator[Int[Tensor, "b"]]:              # one token per row after another
+) -> Iterator[Int[Tensor, "b"]]:                  # one token per row after another
     """Continue each row: the prompt in one call, then a token a call, with a cache.
 
     Raises ValueError where a prompt is empty or does not end in a real token, or where
     prompt and answer are longer than the texts that the model was trained on.
     """
-    _check_prompt(model, ids, max_new_tokens, real, stop)
+    _check_prompt(model, ids, max_new_tokens, key_mask, stop)
     length = ids.shape[1] + max_new_tokens - 1    # the last token is never read
     cache, ended = model.new_cache(len(ids), length), ids.new_zeros(len(ids)).bool()
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            states = model.states(ids, real=real, cache=cache)
+            states = model.states(ids, key_mask=key_mask, cache=cache)
             tokens = choose(model.logits(states[:, -1]))
         yield tokens
         ended = ended | (tokens == stop) if stop is not None else ended
         if stop is not None and ended.all():
             return
-        ids, real = tokens[:, None], None
+        ids, key_mask = tokens[:, None], None
 
 # %% ../../nbs/22a_language_model.ipynb #check-prompt
 def _check_prompt(model: LanguageModel, ids: Tensor, max_new_tokens: int,
-                  real: Tensor | None, stop: int | None) -> None:
+                  key_mask: Tensor | None, stop: int | None) -> None:
     "What `generate` is given, before anything is computed."
     if max_new_tokens < 1 or 0 in ids.shape:
         raise ValueError(f"{max_new_tokens} new tokens after prompts of shape "
                          f"{tuple(ids.shape)}: both need at least one")
-    if real is not None and not real[:, -1].all():
+    if key_mask is not None and not key_mask[:, -1].all():
         raise ValueError("a prompt ends in padding: pad on the left, "
                          "so that every row ends in a real token")
-    if stop is not None and not isinstance(stop, int):
+    if stop is not None and not is_whole(stop):
         raise TypeError(f"stop {stop!r} must be the number of one token")
     model.check_length(ids.shape[1] + max_new_tokens)
 

@@ -7,14 +7,15 @@ __all__ = ['sinusoidal_positions', 'LearnedPositions', 'distances', 'relative_bu
 
 # %% ../../nbs/14a_positions.ipynb #imports
 import math
-from collections.abc import Callable
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..heads.single_head import check_count
+from ..heads.layer import Attend, AttendOptions
+from ..heads.single_head import check_count, float32_at_least, query_places
 from ..kernels.backends import attention
 
 # %% ../../nbs/14a_positions.ipynb #sinusoidal
@@ -34,7 +35,7 @@ def sinusoidal_positions(
     check_count("embed_dim", embed_dim)
     if embed_dim % 2:
         raise ValueError(f"embed_dim {embed_dim} is odd: a sine and a cosine a pair")
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = float32_at_least(dtype)
     channel = torch.arange(0, embed_dim, 2, dtype=wide, device=places.device)
     angles = places.to(wide)[..., None] * base ** (-channel / embed_dim)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
@@ -86,8 +87,7 @@ def distances(
     device: torch.device | str | None = None,  # where the result is to live
 ) -> Int[Tensor, "n m"]:                       # key's place - query's: below 0 is the past
     "How far each key is from each query, which stand at the end of the keys."
-    queries = torch.arange(m - n, m, device=device)
-    return torch.arange(m, device=device) - queries[:, None]
+    return torch.arange(m, device=device) - query_places(n, m, device)[:, None]
 
 # %% ../../nbs/14a_positions.ipynb #buckets
 def relative_buckets(
@@ -129,7 +129,7 @@ class RelativeBias(nn.Module):
         *,
         # as in `relative_buckets`
         num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True,
-        attend: Callable = attention,  # what gets the bias
+        attend: Attend = attention,    # what gets the bias
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -156,22 +156,24 @@ class RelativeBias(nn.Module):
         q: Float[Tensor, "b h n d"],               # queries
         k: Float[Tensor, "b g m d"],               # keys
         v: Float[Tensor, "b g m dv"],              # values
-        *,
-        # all options as in `attention`
-        mask: Bool[Tensor, "..."] | None = None, bias: Float[Tensor, "..."] | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0,
+        **options: Unpack[AttendOptions],          # as the layer gives them
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
         "Attend with the bias, and `bias` if given. ValueError for another number of heads."
         _check_heads(q, self.weight.shape[1], "biases")
         own = self.bias(q.shape[2], k.shape[2])
-        return self.attend(q, k, v, mask=mask, bias=own if bias is None else own + bias,
-                           is_causal=is_causal, dropout_p=dropout_p)
+        return self.attend(q, k, v, **_with_bias(options, own))
 
 
 def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
     if q.shape[1] != num_heads:
         raise ValueError(f"{q.shape[1]} query heads and {what} of {num_heads}: num_heads= "
                          f"counts query heads")
+
+
+def _with_bias(options: AttendOptions, own: Tensor) -> AttendOptions:
+    "The options with a plug's own bias, to which a given one is added."
+    given = options.get("bias")
+    return {**options, "bias": own if given is None else own + given}
 
 # %% ../../nbs/14a_positions.ipynb #slopes
 def alibi_slopes(
@@ -204,7 +206,7 @@ class ALiBi(nn.Module):
         self,
         num_heads: int,                # query heads, h
         *,
-        attend: Callable = attention,  # what gets the bias
+        attend: Attend = attention,    # what gets the bias
     ):
         super().__init__()
         self.slopes, self.attend = alibi_slopes(num_heads), attend
@@ -225,14 +227,10 @@ class ALiBi(nn.Module):
         q: Float[Tensor, "b h n d"],               # queries
         k: Float[Tensor, "b g m d"],               # keys
         v: Float[Tensor, "b g m dv"],              # values
-        *,
-        # all options as in `attention`
-        mask: Bool[Tensor, "..."] | None = None, bias: Float[Tensor, "..."] | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0,
+        **options: Unpack[AttendOptions],          # as the layer gives them
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
         "Attend with the bias, and `bias` if given. ValueError for another number of heads."
         _check_heads(q, len(self.slopes), "slopes")
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        dtype = float32_at_least(q.dtype)
         own = self.bias(q.shape[2], k.shape[2], q.device, dtype)
-        return self.attend(q, k, v, mask=mask, bias=own if bias is None else own + bias,
-                           is_causal=is_causal, dropout_p=dropout_p)
+        return self.attend(q, k, v, **_with_bias(options, own))

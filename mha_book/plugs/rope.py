@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..heads.single_head import check_count
+from ..heads.single_head import check_count, float32_at_least, is_number, is_whole, query_places
 
 # %% ../../nbs/14b_rope.ipynb #frequencies
 def rope_frequencies(
@@ -117,13 +117,12 @@ class RoPE:
         (h, n), (g, m) = q.shape[1:3], k.shape[1:3]
         # m places, or b 1 m: one place for all heads of a row
         start = offset[:, None, None] if isinstance(offset, Tensor) else offset
-        places = torch.arange(min(m - n, 0), m, device=q.device) + start
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-        angles = self.angles(places, dtype)
+        dtype = float32_at_least(q.dtype, k.dtype)
+        angles = self.angles(query_places(n, m, q.device) + start, dtype)
         if n == m:    # all heads at once
             return self._turn(torch.cat([q, k], dim=1), angles).split((h, g), dim=1)
-        return self._turn(q, angles[..., max(m - n, 0):, :]), self._turn(
-            k, angles[..., max(n - m, 0):, :])
+        of_keys = self.angles(query_places(m, m, k.device) + start, dtype)
+        return self._turn(q, angles), self._turn(k, of_keys)
 
     def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
         return rotate_pairs(x.to(angles.dtype), angles, self.pairing, self.magnitude)
@@ -141,7 +140,7 @@ def _check_rope(rope: RoPE) -> None:
         raise ValueError(f"pairing {rope.pairing!r} is none of 'half_split', 'interleaved'")
     for name in "base", "magnitude":
         value = getattr(rope, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 < value < math.inf:
             raise ValueError(f"{name} {value} is not positive and finite")
@@ -157,7 +156,7 @@ def _check_turned(rope: RoPE, q: Tensor, k: Tensor, offset: int | Tensor) -> Non
             raise ValueError(f"{name} of shape {tuple(t.shape)}; RoPE(head_dim="
                              f"{rope.head_dim}) needs batch, heads, length, {rope.head_dim}")
     if not isinstance(offset, Tensor):
-        if not isinstance(offset, int) or isinstance(offset, bool):
+        if not is_whole(offset):
             raise TypeError(f"offset must be an int or a tensor of ints, got {offset!r}")
         return
     if offset.is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..heads.single_head import is_number
 from .rope import rope_frequencies
 
 # %% ../../nbs/14c_rope_scaling.ipynb #linear
@@ -147,7 +148,7 @@ def _check_scaling(scaling) -> None:
     for name, value in vars(scaling).items():
         if name == "truncate":
             continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, got {value!r}")
         least = 1 if name == "factor" else 0
         if not max(least, 1e-300) <= value < math.inf:

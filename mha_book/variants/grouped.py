@@ -6,18 +6,18 @@
 __all__ = ['repeat_kv_heads', 'folded_attend', 'mean_kv_heads', 'rotate_kv_heads', 'align_kv_heads']
 
 # %% ../../nbs/16_grouped.ipynb #imports
-import copy
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.layer import HeadLayout, MultiHeadAttention
-from ..heads.single_head import check_count, check_inputs, fused_attend
+from ..heads.head_counts import with_heads
+from ..heads.layer import MultiHeadAttention
+from ..heads.single_head import check_count, check_inputs, float32_at_least, fused_attend
+from ..heads.weight_split import HeadLayout, not_plain
 
 # %% ../../nbs/16_grouped.ipynb #repeat
-@torch.no_grad()
 def repeat_kv_heads(
     layer: MultiHeadAttention,   # a layer with g key-value heads
     num_kv_heads: int,           # how many it shall have: a multiple of g that divides h
@@ -44,39 +44,9 @@ def _with_kv_heads(
     change: Callable[[Tensor], Tensor],   # all key or all value heads, g d ..., to g' d ...
 ) -> MultiHeadAttention:
     "A copy of `layer` whose key heads, and whose value heads, are changed."
-    _check_rows(layer)
-    (h, g, d), new = layer.layout, copy.deepcopy(layer)
-    new.layout = HeadLayout(h, num_kv_heads, d)
-    proj, start = _kv_rows(new)
-
-    def changed(rows):
-        kept, *parts = rows.split((start, g * d, g * d))
-        parts = [change(part.unflatten(0, (g, d))).flatten(0, 1) for part in parts]
-        return torch.cat([kept, *parts])
-
-    for name in "weight", "bias":
-        old = getattr(proj, name)
-        if old is not None:
-            setattr(proj, name, nn.Parameter(changed(old), requires_grad=old.requires_grad))
-    proj.out_features = len(proj.weight)
-    return new
-
-# %% ../../nbs/16_grouped.ipynb #kv-rows
-def _kv_rows(layer: MultiHeadAttention) -> tuple[nn.Linear, int]:
-    "The projection that makes keys, then values, and its first row that does."
-    if layer.context_proj is None:
-        return layer.in_proj, layer.layout.sizes[0]
-    return layer.context_proj, 0
-
-# %% ../../nbs/16_grouped.ipynb #check-rows
-def _check_rows(layer: MultiHeadAttention) -> None:
-    "Refuse projections whose rows are computed from something else."
-    for name in "in_proj", "context_proj", "out_proj":
-        proj = getattr(layer, name)
-        if proj is not None and (
-                not isinstance(proj, nn.Linear) or "weight" not in proj._parameters):
-            raise TypeError(f"{name} is {type(proj).__name__}, whose rows are not its own: "
-                            f"take off what wraps it (a parametrization, an adapter) first")
+    h, _, d = layer.layout
+    return with_heads(layer, HeadLayout(h, num_kv_heads, d),
+                      lambda part, heads: change(heads) if part in "kv" else heads)
 
 # %% ../../nbs/16_grouped.ipynb #folded
 def folded_attend(
@@ -107,7 +77,6 @@ def folded_attend(
     return out.unflatten(2, (h // g, n)).flatten(1, 2)
 
 # %% ../../nbs/16_grouped.ipynb #merge
-@torch.no_grad()
 def mean_kv_heads(
     layer: MultiHeadAttention,   # a layer with g key-value heads
     num_kv_heads: int,           # how many it shall have; divides g
@@ -124,7 +93,7 @@ def mean_kv_heads(
     size = _group_size(layer, num_kv_heads)
 
     def mean(heads):
-        groups = heads.to(torch.promote_types(heads.dtype, torch.float32))
+        groups = heads.to(float32_at_least(heads.dtype))
         groups = groups.unflatten(0, (num_kv_heads, size))
         first = groups[:, :1]    # taken away and added again: equal heads leave no rounding
         return (first[:, 0] + (groups - first).mean(1)).to(heads.dtype)
@@ -142,7 +111,6 @@ def _group_size(layer: MultiHeadAttention, num_kv_heads: int) -> int:
     return g // num_kv_heads
 
 # %% ../../nbs/16_grouped.ipynb #turn
-@torch.no_grad()
 def rotate_kv_heads(
     layer: MultiHeadAttention,                     # a layer with g key-value heads
     keys: Float[Tensor, "g d d"] | None = None,    # a rotation for each key head, or None
@@ -155,34 +123,26 @@ def rotate_kv_heads(
     Raises ValueError for matrices that are no rotations (or reflections) of the layer's
     heads, and where something stands in between that does not turn with them.
     """
-    _check_rows(layer)
+    if fault := not_plain(layer):
+        raise TypeError(fault)
     for name, turns in (("keys", keys), ("values", values)):
         if turns is not None:
             _check_turns(layer, name, turns)
-    (h, g, d), new = layer.layout, copy.deepcopy(layer)
-    proj, start = _kv_rows(new)
-    if keys is not None:
-        _turn_rows_(new.in_proj, 0, keys.repeat_interleave(h // g, 0))
-        _turn_rows_(proj, start, keys)
-    if values is not None:
-        _turn_rows_(proj, start + g * d, values)
-        _turn_(new.out_proj.weight.T, values.repeat_interleave(h // g, 0))
-    return new
+    of_part = {"q": keys, "k": keys, "v": values, "o": values}
+
+    def turned(part, heads):
+        if of_part[part] is None:
+            return heads
+        return _turn(heads, of_part[part].repeat_interleave(len(heads) // len(of_part[part]), 0))
+
+    return with_heads(layer, layer.layout, turned)
 
 # %% ../../nbs/16_grouped.ipynb #turn-rows
-def _turn_(rows: Tensor, turns: Tensor) -> None:
-    "Multiply the d rows of each head by its matrix."
-    heads = rows.unflatten(0, turns.shape[:2])
-    wide = torch.promote_types(heads.dtype, torch.float32)
-    heads.copy_(turns.to(wide) @ heads.to(wide))
-
-# %% ../../nbs/16_grouped.ipynb #turn-rows-of-proj
-def _turn_rows_(proj: nn.Linear, start: int, turns: Tensor) -> None:
-    "`_turn_` for the rows of a projection from `start`, and their biases."
-    rows = slice(start, start + turns.shape[0] * turns.shape[1])
-    _turn_(proj.weight[rows], turns)
-    if proj.bias is not None:
-        _turn_(proj.bias[rows, None], turns)
+def _turn(heads: Tensor, turns: Tensor) -> Tensor:
+    "The d rows of each head, or its d biases, times its matrix."
+    wide = float32_at_least(heads.dtype)
+    turned = turns.to(wide) @ heads.to(wide).reshape(*turns.shape[:2], -1)
+    return turned.reshape(heads.shape).to(heads.dtype)
 
 # %% ../../nbs/16_grouped.ipynb #check-turns
 def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
@@ -207,9 +167,9 @@ def _check_turnable(layer: MultiHeadAttention, name: str) -> None:
         what = "qk_norm" if layer.q_norm is not None else "position"
         raise ValueError(f"keys cannot be turned: the layer's {what} stands between them "
                          f"and the product, and does not turn with them; values can")
-    if name == "values" and type(layer)._hand_on is not MultiHeadAttention._hand_on:
-        raise ValueError(f"values cannot be turned: {type(layer).__name__} changes what "
-                         f"its heads hand on before out_proj; keys can")
+    if name == "values" and layer.finish is not None:
+        raise ValueError("values cannot be turned: the layer's finish stands between them "
+                         "and out_proj, and does not turn with them; keys can")
 
 # %% ../../nbs/16_grouped.ipynb #align
 @torch.no_grad()
@@ -232,7 +192,6 @@ def align_kv_heads(
     size = _group_size(layer, num_kv_heads)
     if parts not in ("k", "v", "kv"):
         raise ValueError(f'parts must be "k", "v" or "kv", got {parts!r}')
-    _check_rows(layer)
     turns = {}
     for part, heads in zip("kv", _what_heads_say(layer, x)):
         groups = heads.unflatten(0, (num_kv_heads, size))
@@ -257,18 +216,26 @@ def _towards_mean(heads: Tensor, rounds: int = 10) -> Tensor:
 # %% ../../nbs/16_grouped.ipynb #align-parts
 def _what_heads_say(layer: MultiHeadAttention, x: Tensor | None) -> tuple[Tensor, Tensor]:
     "Keys and values of all tokens in `x`, g d t; or the rows that make them."
-    (proj, start), (_, g, d) = _kv_rows(layer), layer.layout
-    rows = proj.weight[start:].to(torch.promote_types(proj.weight.dtype, torch.float32))
-    if x is not None:
-        _check_x(x, proj)
-        x = x.flatten(0, -2).to(rows.dtype)
-        rows = rows @ (x - x.mean(0)).T, rows @ x.T
-    keys, values = (rows, rows) if x is None else rows
-    keys, values = keys[:g * d], values[g * d:]
-    if proj.bias is not None:    # a constant in all keys hurts no softmax
-        bias = proj.bias[start + g * d:, None].to(values.dtype)
-        values = torch.cat([values, bias], 1) if x is None else values + bias
-    return keys.unflatten(0, (g, d)), values.unflatten(0, (g, d))
+    (k_rows, k_bias), (v_rows, v_bias) = (_rows_of(layer, part) for part in "kv")
+    if x is None:    # a constant in all keys hurts no softmax, one in values is a column
+        if v_bias is not None:
+            v_rows = torch.cat([v_rows, v_bias[..., None]], -1)
+        return k_rows, v_rows
+    proj, _ = layer.rows("k", 0)
+    _check_x(x, proj)
+    x = x.flatten(0, -2).to(k_rows.dtype)
+    values = v_rows @ x.T
+    return k_rows @ (x - x.mean(0)).T, values if v_bias is None else values + v_bias[..., None]
+
+
+def _rows_of(layer: MultiHeadAttention, part: str) -> tuple[Tensor, Tensor | None]:
+    "The rows of all heads of a part, h d e, and their biases, h d; float32 at least."
+    homes = [layer.rows(part, head) for head in range(layer.layout.count(part))]
+    wide = float32_at_least(homes[0][0].weight.dtype)
+    rows = torch.stack([proj.weight[at] for proj, at in homes]).to(wide)
+    bias = homes[0][0].bias
+    return rows, None if bias is None else torch.stack(
+        [proj.bias[at] for proj, at in homes]).to(wide)
 
 # %% ../../nbs/16_grouped.ipynb #align-check
 def _check_x(x: Tensor, proj: nn.Linear) -> None:

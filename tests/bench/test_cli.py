@@ -30,7 +30,9 @@ SMALL = Setting(2, 16, 48, 6, torch.device("cpu"), torch.float32)
 def quick(monkeypatch):
     "Measurements that take no time: a machine that is made up, and blocks of one call."
     timed = contests.benchmark
-    monkeypatch.setattr(cli, "measure_machine", lambda device, dtype: contests.Machine("this CPU", 1e11, 3e10, "made up"))
+    monkeypatch.setattr(
+        cli, "measure_machine", lambda device, dtype: contests.Machine("this CPU", 1e11, 3e10, "made up")
+    )
     monkeypatch.setattr(contests, "benchmark", lambda calls, **more: timed(calls, **more | dict(min_seconds=1e-6)))
 
 

@@ -23,13 +23,15 @@ import mha_book
 import mha_book.kernels.flex  # noqa: F401  enters its backend
 from mha_book.heads import single_head
 from mha_book.heads.dialects import DIALECTS
-from mha_book.heads.layer import HeadLayout, MultiHeadAttention
+from mha_book.heads.layer import MultiHeadAttention
 from mha_book.heads.masks import convert_mask
+from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments import dispatch
 from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+from support.mutants import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 s = SIZES
@@ -45,16 +47,7 @@ def gpu():
         yield mode
 
 
-def table_plug(q, k, *, offset):
-    "Positions whose table was made wherever tensors are made by default."
-    table = torch.arange(q.shape[2], dtype=q.dtype)[:, None]
-    return q * table, k * table
-
-
-def causal_here(q, k, v, **options):
-    "A mask that was made on the default device."
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+table_plug, causal_here = DEVICES["position table"].apply, DEVICES["mask in a plug"].apply
 
 
 def layer_of(device, **options):
@@ -221,13 +214,16 @@ class GrowingCache:
 
     kept, seen = None, 0
 
-    def append(self, k, v):
+    def append(self, k, v, key_mask=None):
         old = self.kept or (k[:, :, :0], v[:, :, :0])
         self.pending = torch.cat([old[0], k], dim=2), torch.cat([old[1], v], dim=2)
         return *self.pending, None
 
     def commit(self):
         self.kept, self.seen = self.pending, self.pending[0].shape[2]
+
+    def crop(self, length):
+        self.kept, self.seen = tuple(t[:, :, :length] for t in self.kept), length
 
 
 SHARED = {  # options of every attention
@@ -433,7 +429,8 @@ enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemp
 
 
 def gated(device):
-    layer = mha_book.GatedAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    gate = mha_book.OutputGate(s.e, s.h, head_dim=s.d, device=device, dtype=torch.float64)
+    layer = layer_of(device, finish=gate)
     return layer, layer(tokens(device), is_causal=True)
 
 
@@ -457,7 +454,7 @@ enter("mean_kv_heads, repeat_kv_heads", regrouped, some_layers)
 enter("align_kv_heads, rotate_kv_heads", aligned, some_layers)
 enter("folded_attend", partial(mixed, attend=mha_book.folded_attend), SHARED | DROPOUT)
 CASES |= {
-    "GatedAttention": gated,
+    "OutputGate": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
 }
@@ -718,7 +715,7 @@ def test_a_second_choice_is_noticed(cell):
 
 def run_page(name):
     "Everything that a page says when it runs on the simulated GPU, and its exit status."
-    command = [sys.executable, str(ROOT / "tests" / "on_simulated_gpu.py"), name]
+    command = [sys.executable, str(Path(__file__).with_name("on_simulated_gpu.py")), name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 

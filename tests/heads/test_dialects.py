@@ -368,7 +368,7 @@ def test_a_dialects_own_names_come_first():
     assert_same_bits(convert_weights(wanted, "separate", own, GROUPED), mine)
 
 
-@pytest.mark.parametrize("source, target", itertools.product(DIALECTS, repeat=2))
+@pytest.mark.parametrize("source, target", list(itertools.product(DIALECTS, repeat=2)))
 def test_results_own_their_memory(source, target):
     heads = HeadLayout(s.h, s.h, s.d) if {"interleaved", "conv1d"} & {source, target} else GROUPED
     heads = HeadLayout(1, 1, s.d) if "multi_query" in (source, target) else heads

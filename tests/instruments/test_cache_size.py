@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_book.heads.layer import HeadLayout
+from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.cache_size import PUBLISHED, Model, cache_bytes
 from mha_book.plugs.cache import KVCache
 from support.refusals import refused

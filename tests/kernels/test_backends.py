@@ -5,6 +5,8 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from mha_book import MultiHeadAttention, fused_attend
+from mha_book.heads import single_head
+from mha_book.heads.single_head import query_places
 from mha_book.instruments.device import peak_bytes
 from mha_book.instruments.dispatch import explain_dispatch, torch_kernel
 from mha_book.instruments.testing import SIZES, assert_as_exact, reference_attention
@@ -24,6 +28,8 @@ from mha_book.kernels.backends import (
     attention,
     attention_logits,
     attention_weights,
+    checked_call,
+    implementations,
     window_mask,
 )
 from mha_book.kernels.flex import _compiled_flex, _score_mod
@@ -98,28 +104,60 @@ def call_of(case):
     return (q, k, v), options
 
 
+def refusal_of(function, inputs, options):
+    "The words in which a function refuses its call; None where it does not."
+    try:
+        function(*inputs, **options)
+    except NotImplementedError as refusal:
+        return str(refusal)
+    return None
+
+
+def assert_tells_what_ran(told, ran):
+    "The explanation names the kernel that the profiler saw, and gives a reason against everything else."
+    assert told.kernel == ran
+    assert (told.impl == "sdpa") == (ran is not None), "torch's kernels run in sdpa, and nothing else does"
+    assert set(told.impls) == set(BACKENDS) - {told.impl}
+    assert set(told.kernels) == ({"flash", "efficient", "cudnn", "math"} - {ran} if ran else set())
+    assert all(told.impls.values()) and all(told.kernels.values())
+
+
 @OURS
 def test_the_explained_kernel_is_the_one_that_runs():
-    said, refusals = set(), 0
+    "Of 500 calls drawn at random; each of the four ways that a CPU has must be among them."
+    assert operations(lambda: None) == [], "the profiler sees what is not there"
+    ways = set()
     for case in dispatch_cases(500):
         inputs, options = call_of(case)
-        try:
-            told = explain_dispatch(*inputs, impl=case["impl"], **options)
-        except NotImplementedError as refusal:
-            with pytest.raises(NotImplementedError) as caught:
-                attention(*inputs, impl=case["impl"], **options)
-            assert str(caught.value) == str(refusal)
-            refusals += 1
-            continue
-        before = len(operations(lambda: None))
-        seen = kernel_of(lambda: attention(*inputs, impl=case["impl"], **options))
-        assert (told.impl == "sdpa") == (seen is not None) and told.kernel == seen, (case, str(told))
-        assert before == 0
-        assert set(told.impls) == set(BACKENDS) - {told.impl} and all(told.impls.values())
-        assert set(told.kernels) == ({"flash", "efficient", "cudnn", "math"} - {seen} if seen else set())
-        assert all(told.kernels.values())
-        said.add((told.impl, told.kernel))
-    assert said == {("sdpa", "flash"), ("sdpa", "math"), ("math", None), ("flex", None)} and refusals > 20
+        options["impl"] = case["impl"]
+        if refusal_of(explain_dispatch, inputs, options) is None:
+            told = explain_dispatch(*inputs, **options)
+            assert_tells_what_ran(told, kernel_of(lambda: attention(*inputs, **options)))
+            ways.add((told.impl, told.kernel))
+    assert ways == {("sdpa", "flash"), ("sdpa", "math"), ("math", None), ("flex", None)}
+
+
+@OURS
+def test_an_explanation_is_refused_in_the_same_words_as_the_call():
+    refused_cases = 0
+    for case in dispatch_cases(500):
+        inputs, options = call_of(case)
+        options["impl"] = case["impl"]
+        words = refusal_of(explain_dispatch, inputs, options)
+        if words is not None:
+            assert refusal_of(attention, inputs, options) == words
+            refused_cases += 1
+    assert refused_cases > 20
+
+
+@OURS
+def test_an_explanation_that_names_another_kernel_is_noticed():
+    q, k, v = heads(n=40, m=40)
+    told = explain_dispatch(q, k, v)
+    assert_tells_what_ran(told, "flash")
+    for wrong in {"kernel": "math"}, {"impl": "math"}, {"impls": {}}, {"kernels": told.kernels | {"math": ""}}:
+        with pytest.raises(AssertionError):
+            assert_tells_what_ran(replace(told, **wrong), "flash")
 
 
 @OURS
@@ -228,39 +266,61 @@ SHAPES = [  # b h g n m d dv
 LARGE, TINY = SHAPES[1:2] + SHAPES[3:5], [SHAPES[0], SHAPES[2], *SHAPES[-3:]]
 
 
+def drawn_options(rng, shape, dtype, grad):
+    "Options of a call of this shape, with a window, a softcap or sinks in it: without any of them auto is torch's."
+    b, h, _, n, m, _, _ = shape
+    options = {
+        "window": rng.choice([None, 17, (8, 8), (None, 3), 600]),
+        "is_causal": rng.random() < 0.5,
+        "softcap": rng.choice([None, None, 20.0]),
+        "dropout_p": rng.choice([0.0, 0.0, 0.1]),
+    }
+    if rng.random() < 0.5 or options["window"] is options["softcap"] is None:
+        options["sinks"] = torch.randn(h, requires_grad=grad)
+    if rng.random() < 0.3:
+        options["bias"] = torch.randn(h, n, m, dtype=dtype, requires_grad=grad)
+    if rng.random() < 0.3:
+        options["mask"] = torch.rand(b, 1, n, m) < 0.8
+    return options
+
+
+def held_by(impl, inputs, options, grad):
+    "The most bytes that a call holds, with its backward pass where gradients are asked for."
+    leaves = [*inputs, options["sinks"]] if "sinks" in options else inputs
+
+    def run():
+        out = attention(*inputs, impl=impl, **options)
+        return torch.autograd.grad(out, leaves, out.detach()) if grad else out
+
+    return peak_bytes(run)
+
+
 @OURS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_auto_never_holds_more_than_math(shape):
-    b, h, g, n, m, d, dv = shape
-    rng, used = random.Random(sum(shape)), set()
+    "And it takes the other way where sequences are long, and never for a few tokens."
+    rng, chosen = random.Random(sum(shape)), set()
     for grad, dtype in itertools.product([False, True], [torch.float64, torch.float32, torch.bfloat16]):
         for _ in range(12):
-            q, k, v = heads(b, h, g, n, m, d, dv, dtype, grad)
-            options = {
-                "window": rng.choice([None, 17, (8, 8), (None, 3), 600]),
-                "is_causal": rng.random() < 0.5,
-                "softcap": rng.choice([None, None, 20.0]),
-                "dropout_p": rng.choice([0.0, 0.0, 0.1]),
-            }
-            leaves = [q, k, v]
-            if rng.random() < 0.5 or options["window"] is options["softcap"] is None:
-                options["sinks"] = torch.randn(h, requires_grad=grad)
-                leaves.append(options["sinks"])
-            if rng.random() < 0.3:
-                options["bias"] = torch.randn(h, n, m, dtype=dtype, requires_grad=grad)
-            if rng.random() < 0.3:
-                options["mask"] = torch.rand(b, 1, n, m) < 0.8
+            inputs = heads(*shape, dtype, grad)
+            options = drawn_options(rng, shape, dtype, grad)
+            impl = explain_dispatch(*inputs, **options).impl
+            chosen.add(impl)
+            if impl != "math":
+                auto, math_ = (held_by(way, inputs, options, grad) for way in ("auto", "math"))
+                assert auto <= math_, (options, dtype, grad)
+    if shape in LARGE:
+        assert chosen == {"math", "sdpa"}
+    if shape in TINY:
+        assert chosen == {"math"}
 
-            def run(impl):
-                out = attention(q, k, v, impl=impl, **options)
-                return torch.autograd.grad(out, leaves, out.detach()) if grad else out
 
-            chosen = explain_dispatch(q, k, v, **options).impl
-            used.add(chosen)
-            if chosen != "math":
-                held = {impl: peak_bytes(partial(run, impl)) for impl in ("auto", "math")}
-                assert held["auto"] <= held["math"], (options, dtype, grad, held)
-    assert used == ({"math", "sdpa"} if shape in LARGE else {"math"} if shape in TINY else used)
+@OURS
+def test_a_way_that_holds_more_than_math_is_noticed():
+    "Torch's kernel for eight tokens: its workspace is larger than the weights that it saves."
+    inputs, options = heads(1, 1, 1, 8, 8, 64), {"window": 3}
+    sdpa, math_ = (held_by(way, inputs, options, False) for way in ("sdpa", "math"))
+    assert sdpa > math_
 
 
 @OURS
@@ -293,11 +353,13 @@ def test_long_sequences_hold_no_weights(options, grad):
 @pytest.mark.parametrize("impl", ["math", "sdpa", "auto"])
 @pytest.mark.parametrize(
     "window, is_causal, n, m",
-    itertools.product(
-        [1, 3, 7, 99, (2, 1), (0, 0), (None, 0), (None, 2), (None, 3), (0, None), (3, 99), (None, None)],
-        [False, True],
-        [1, 5],
-        [1, 5, 7],
+    list(
+        itertools.product(
+            [1, 3, 7, 99, (2, 1), (0, 0), (None, 0), (None, 2), (None, 3), (0, None), (3, 99), (None, None)],
+            [False, True],
+            [1, 5],
+            [1, 5, 7],
+        )
     ),
 )
 def test_windows_are_exact(impl, window, is_causal, n, m):
@@ -319,6 +381,21 @@ def test_window_masks_are_the_sentence():
             ]
             assert window_mask(n, m, (left, right)).tolist() == expected
     assert torch.equal(window_mask(5, 7, 3), window_mask(5, 7, (2, 0)))
+
+
+@pytest.mark.parametrize("n, m", [(5, 7), (6, 6), (7, 5), (1, 4)])
+def test_a_window_lies_around_the_places_of_the_queries(n, m):
+    ahead = torch.arange(m) - query_places(n, m)[:, None]
+    assert torch.equal(window_mask(n, m, (2, 1)), (ahead >= -2) & (ahead <= 1))
+    assert not torch.equal(window_mask(n, m, (1, 0)), (ahead >= -2) & (ahead <= 1))
+
+
+@pytest.mark.parametrize(
+    "window, error", [(0, ValueError), (True, TypeError), ((1,), TypeError), ((-1, 2), ValueError)]
+)
+def test_a_mask_of_no_window_is_refused(window, error):
+    with refused(error, "window", repr(window)):
+        window_mask(5, 7, window)
 
 
 @pytest.mark.parametrize("impl", ["math", "sdpa", "auto"])
@@ -423,14 +500,65 @@ def test_a_call_knows_whether_it_needs_a_mask(options, n, m):
     q, k, v = heads(n=n, m=m)
     with Handed() as handed:
         attention(q, k, v, impl="sdpa", **options)
-    assert AttentionCall(q, k, v, **options).needs_mask == (handed.mask is not None)
+    assert checked_call(q, k, v, **options).needs_mask == (handed.mask is not None)
 
 
-def test_a_plain_call_is_checked_once(monkeypatch):
-    monkeypatch.setattr(backends, "_check_call", None)  # the other way's check would be a second one
-    attention(*heads(), is_causal=True)
+@pytest.fixture
+def checks(monkeypatch):
+    "How often the inputs of attention have been checked."
+    counted, check = Counter(), single_head.check_inputs
+
+    def counting(*args):
+        counted["checks"] += 1
+        check(*args)
+
+    for module in backends, single_head:
+        monkeypatch.setattr(module, "check_inputs", counting)
+    return counted
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": 3}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "math", "sdpa", "flex"])
+def test_inputs_are_checked_once(checks, impl, options):
+    options = options | ({"sinks": torch.zeros(s.h)} if "sinks" in options else {})
+    attention(*heads(), impl=impl, **options)
+    assert checks["checks"] == 1
+
+
+def test_a_second_check_is_counted(checks):
+    "A backend that goes by chapter 1's public function."
+    BACKENDS["twice"] = Backend(lambda call: fused_attend(call.q, call.k, call.v), lambda call: None, lambda call: None)
+    try:
+        attention(*heads(), impl="twice")
+    finally:
+        del BACKENDS["twice"]
+    assert checks["checks"] == 2
+
+
+def test_a_call_is_built_by_keyword_and_not_changed():
+    q, k, v = heads()
+    call = checked_call(q, k, v, window=3, is_causal=True)
+    assert call.sides == (2, 0) and call.windowed
+    with pytest.raises(AttributeError):
+        call.sides = (None, None)
     with pytest.raises(TypeError):
-        attention(*heads(), window=3)
+        AttentionCall(q, k, v)
+
+
+@pytest.mark.parametrize("window, is_causal, sides", [
+    (None, False, (None, None)), (None, True, (None, 0)), (3, False, (2, 0)), ((2, 1), True, (2, 0)),
+    (99, True, (None, 0)), ((99, 99), False, (None, None)), ((6, 4), False, (None, None)), ((5, 3), False, (5, 3)),
+])  # fmt: skip
+def test_the_sides_of_a_call_are_those_that_hide_something(window, is_causal, sides):
+    assert checked_call(*heads(), window=window, is_causal=is_causal).sides == sides
+
+
+def test_implementations_are_what_impl_takes():
+    assert implementations() == ("auto", "math", "sdpa", "flex")
+    for impl in implementations():
+        assert attention(*heads(), impl=impl).shape == (s.b, s.h, s.n, s.d)
+    with refused(ValueError, "impl 'fast' is not known", ", ".join(implementations())):
+        attention(*heads(), impl="fast")
 
 
 # The registry
@@ -449,7 +577,7 @@ def tiled():
     BACKENDS["tiled"] = Backend(
         run,
         lacks=lambda call: "sinks" if call.sinks is not None else "softcap" if call.softcap else None,
-        declines=lambda call: None if call.is_causal else "only causal calls pay",
+        declines=lambda call: None if call.sides[1] == 0 else "only causal calls pay",
     )
     yield ran
     del BACKENDS["tiled"]
@@ -461,11 +589,11 @@ def test_a_later_chapter_enters_its_own(tiled):
     torch.testing.assert_close(attention(q, k, v, window=5, is_causal=True), exact)
     torch.testing.assert_close(attention(q, k, v, window=5, is_causal=True, impl="tiled"), exact)
     assert len(tiled) == 2
-    attention(q, k, v, window=5)
+    attention(q, k, v, window=(4, 1))
     attention(q, k, v, is_causal=True)  # a plain call is torch's
     attention(q, k, v, window=5, is_causal=True, sinks=torch.zeros(s.h))
     assert len(tiled) == 2
-    told = explain_dispatch(q, k, v, window=5)
+    told = explain_dispatch(q, k, v, window=(4, 1))
     assert told.impls["tiled"] == "only causal calls pay"
     assert explain_dispatch(q, k, v, window=5, is_causal=True).impl == "tiled"
     with refused(NotImplementedError, 'impl="tiled" lacks sinks', "math and sdpa and flex"):
@@ -596,7 +724,7 @@ def test_other_numbers_make_no_other_kernel():
     q, k, v = heads(g=s.h, n=40, m=40)
     for cap, seed in (3.0, 1), (4.0, 2), (5.5, 3):
         torch.manual_seed(seed)
-        call = AttentionCall(q, k, v, torch.rand(40, 40) < 0.9, torch.randn(40, 40), softcap=cap)
+        call = checked_call(q, k, v, mask=torch.rand(40, 40) < 0.9, bias=torch.randn(40, 40), softcap=cap)
         out = compiled(q, k, v, score_mod=_score_mod(call))
         torch.testing.assert_close(out, attention(q, k, v, mask=call.mask, bias=call.bias, softcap=cap))
     assert len(graphs) == 1

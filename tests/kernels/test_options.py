@@ -92,44 +92,75 @@ def sizes(draw):
 
 @st.composite
 def problems(draw, dtype=None):
+    "Heads of any size, layout and magnitude, and any options that `attention` knows, for both tensors and numbers."
     b, h, g, n, m, d, dv = draw(sizes())
     dtype = draw(st.sampled_from(DTYPES)) if dtype is None else dtype
     torch.manual_seed(draw(st.integers(0, 10**6)))
-    scale = draw(st.sampled_from([None, None, None, 0.2, -0.4, 0.0, 50.0, 1e4, 1e-3, 4e-5, 1e-6]))
-    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in ((b, h, n, d), (b, g, m, d), (b, g, m, dv)))
     options = {
-        "scale": scale,
+        "scale": draw(st.sampled_from([None, None, None, 0.2, -0.4, 0.0, 50.0, 1e4, 1e-3, 4e-5, 1e-6])),
         "is_causal": draw(st.booleans()),
         "window": draw(windows(m)),
         "softcap": draw(st.sampled_from([None, None, 0.5, 30.0, 1e4])),
     }
-    # how large the logits are: from numbers that vanish to those that a float16 just holds
-    wanted = draw(st.sampled_from([None, None, 1.0, 10.0, 1e4, 1e-8, 0.0]))
-    had = largest_logit(q, k, d**-0.5 if scale is None else scale)
-    if wanted == 0.0:
-        q = q * torch.finfo(dtype).tiny * 0.1  # subnormal numbers
-    elif wanted and had:
-        q = q * min(wanted / had, 1e4 / q.abs().max().item())
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in ((b, h, n, d), (b, g, m, d), (b, g, m, dv)))
+    q = draw(resized(q, k, options["scale"], dtype))
     q, k, v = (strided(t.to(dtype), draw(LAYOUTS)) for t in (q, k, v))
     if draw(st.booleans()):
-        shape, expanded = draw(broadcastable((b, h, n, m)))
-        mask = torch.rand(shape) < draw(st.sampled_from([0.0, 0.2, 0.6, 1.0]))
-        options["mask"] = spread(mask, (b, h, n, m), expanded)
+        options["mask"] = draw(masks((b, h, n, m)))
     if draw(st.booleans()):
-        shape, expanded = draw(broadcastable((b, h, n, m)))
-        bias = torch.randn(shape) * draw(st.sampled_from([1.0, 1.0, 1e-8, 5e3]))
-        lowest = torch.finfo(dtype).min if dtype != torch.float64 else -1e300
-        bias = bias + draw(st.sampled_from([0.0, 0.0, 3e4, -3e4, -3e4 if dtype == torch.float16 else -1e9, lowest / 2]))
-        bias = bias.masked_fill(torch.rand(shape) < draw(st.sampled_from([0.0, 0.3, 1.0])), -math.inf)
-        options["bias"] = spread(bias.to(dtype), (b, h, n, m), expanded)
+        options["bias"] = draw(biases((b, h, n, m), dtype))
     if draw(st.booleans()):
-        levels = draw(
-            st.sampled_from(
-                [[0.0], [0.0, 9.0], [-1e4], [1e4], [-math.inf], [math.inf], [-math.inf, 0.0, math.inf, 1e4, -3e4]]
-            )
-        )
-        options["sinks"] = (torch.randn(h) + torch.tensor(levels)[torch.randint(len(levels), (h,))]).to(dtype)
+        options["sinks"] = draw(sinks_of(h, dtype))
     return Problem(q, k, v, options, draw(st.booleans()))
+
+
+@st.composite
+def resized(draw, q, k, scale, dtype):
+    "Queries whose largest logit is what was drawn: from one that vanishes to one that a float16 just holds."
+    wanted = draw(st.sampled_from([None, None, 1.0, 10.0, 1e4, 1e-8, 0.0]))
+    had = largest_logit(q, k, q.shape[3] ** -0.5 if scale is None else scale)
+    if wanted == 0.0:
+        return q * torch.finfo(dtype).tiny * 0.1  # subnormal numbers
+    if wanted is None or had == 0.0:
+        return q
+    return q * min(wanted / had, 1e4 / q.abs().max().item())
+
+
+@st.composite
+def masks(draw, full):
+    "A mask that hides nothing, a part or everything, and broadcasts to `full`."
+    shape, expanded = draw(broadcastable(full))
+    return spread(torch.rand(shape) < draw(st.sampled_from([0.0, 0.2, 0.6, 1.0])), full, expanded)
+
+
+@st.composite
+def biases(draw, full, dtype):
+    "A bias of any size and level, as low as half the lowest number of its dtype, with -inf in some places."
+    shape, expanded = draw(broadcastable(full))
+    bias = torch.randn(shape) * draw(st.sampled_from([1.0, 1.0, 1e-8, 5e3]))
+    far = -3e4 if dtype == torch.float16 else -1e9
+    lowest = torch.finfo(dtype).min if dtype != torch.float64 else -1e300
+    bias = bias + draw(st.sampled_from([0.0, 0.0, 3e4, -3e4, far, lowest / 2]))
+    hidden = torch.rand(shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return spread(bias.masked_fill(hidden, -math.inf).to(dtype), full, expanded)
+
+
+SINK_LEVELS = [
+    [0.0],
+    [0.0, 9.0],
+    [-1e4],
+    [1e4],
+    [-math.inf],
+    [math.inf],
+    [-math.inf, 0.0, math.inf, 1e4, -3e4],
+]
+
+
+@st.composite
+def sinks_of(draw, h, dtype):
+    "A sink for each head, near one of the levels that were drawn together."
+    levels = torch.tensor(draw(st.sampled_from(SINK_LEVELS)))
+    return (torch.randn(h) + levels[torch.randint(len(levels), (h,))]).to(dtype)
 
 
 @st.composite
@@ -205,30 +236,36 @@ def check(problem, ways):
     `ways` are functions, or names of implementations. Inputs are left as they were, to the bit.
     """
     q, k, v, options, grad = problem
-    dtype, tensors = q.dtype, [q, k, v, *(t for t in options.values() if isinstance(t, torch.Tensor))]
-    before = [bits(t) for t in tensors]
-    upstream = torch.randn(*q.shape[:3], v.shape[3]).to(dtype).double()
+    given = [q, k, v, *(t for t in options.values() if isinstance(t, torch.Tensor))]
+    before = [bits(t) for t in given]
+    upstream = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype).double()
     run = outcome if grad else outputs
-    double = {name: t.double() if name in ("bias", "sinks") else t for name, t in options.items()}
-    exact = run(reference_attention, [t.double() for t in (q, k, v)], double, upstream)
+    wide = {name: t.double() if name in ("bias", "sinks") else t for name, t in options.items()}
+    exact = run(reference_attention, [t.double() for t in (q, k, v)], wide, upstream)
     plain = run(plainly, [q, k, v], options, upstream)
-    largest = magnitudes(problem, exact, upstream)
     for way in ways:
-        attend = partial(attention, impl=way) if isinstance(way, str) else way
-        if isinstance(way, str) and lacking(way, problem):
+        named = isinstance(way, str)
+        attend = partial(attention, impl=way) if named else way
+        if named and lacking(way, problem):
             with pytest.raises(NotImplementedError, match=f'impl="{way}" lacks .*impl="auto"'):
                 run(attend, [q, k, v], options, upstream)
-            continue
-        got = run(attend, [q, k, v], options, upstream)
-        names = ["out", "q", "k", "v", *learned(problem)]
-        for what, mine, true, simple, size in zip(names, got, exact, plain, largest):
-            assert mine.dtype == dtype, (way, what)
-            if mine.numel() and size < torch.finfo(dtype).max / 64:  # or it would overflow by definition
-                try:
-                    assert_as_exact(mine, true, simple, size)
-                except AssertionError as wrong:
-                    raise AssertionError(f"{way}, {what}: {wrong}") from None
-    assert all(torch.equal(bits(t), old) for t, old in zip(tensors, before)), "an input was changed"
+        else:
+            compare(problem, way, run(attend, [q, k, v], options, upstream), exact, plain, upstream)
+    assert all(torch.equal(bits(t), old) for t, old in zip(given, before)), "an input was changed"
+
+
+def compare(problem, way, got, exact, plain, upstream):
+    "Hold the output of one way, and its gradients if there are any, to the tolerance rule."
+    dtype = problem.q.dtype
+    names = ["out", "q", "k", "v", *learned(problem)]
+    for name, mine, true, simple, size in zip(names, got, exact, plain, magnitudes(problem, exact, upstream)):
+        assert mine.dtype == dtype, (way, name)
+        overflows = size >= torch.finfo(dtype).max / 64  # by definition, in any implementation
+        if mine.numel() and not overflows:
+            try:
+                assert_as_exact(mine, true, simple, size)
+            except AssertionError as wrong:
+                raise AssertionError(f"{way}, {name}: {wrong}") from None
 
 
 def outputs(attend, heads, options, upstream):

@@ -1,8 +1,6 @@
 """The nine ways are one function of one set of weights, and a way that is not is noticed."""
 
-import math
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from mha_book import MultiHeadAttention
 from mha_book.heads.single_head import plain_attention
 from mha_book.lab import nine_ways
 from mha_book.lab.nine_ways import NINE_WAYS
+from support.mutants import WAYS
 
 F = nn.functional
 FUSED = ["SDPA, causal flag", "SDPA, mask", "nn.MultiheadAttention, no weights"]
@@ -78,62 +77,11 @@ def test_one_step_moves_all():
 # A way that is wrong is noticed
 
 
-def wrong_scale(patch, name):
-    "Divide by another number, wherever this way divides."
-    if name in FUSED:
-        kernel = F.scaled_dot_product_attention
-        patch.setattr(F, "scaled_dot_product_attention", lambda *args, **more: kernel(*args, **more | dict(scale=1.0)))
-    elif name == "FlexAttention":
-        kernel = nine_ways.flex_attention
-        patch.setattr(nine_ways, "flex_attention", lambda *args, **more: kernel(*args, **more, scale=1.0))
-    elif name == "nn.MultiheadAttention":
-        product = torch.baddbmm
-        patch.setattr(torch, "baddbmm", lambda mask, q, k: product(mask, 2 * q, k))
-    else:
-        patch.setattr(nine_ways, "math", SimpleNamespace(sqrt=float, inf=math.inf))
-
-
-def wrong_mask(patch, name):
-    "Let every query see one key too many."
-    if name == "SDPA, causal flag":
-        kernel = F.scaled_dot_product_attention
-        patch.setattr(F, "scaled_dot_product_attention", lambda *args, is_causal: kernel(*args))
-    elif name == "FlexAttention":
-        patch.setattr(
-            nine_ways,
-            "_blocks",
-            lambda n, device: nine_ways.create_block_mask(
-                lambda b, h, i, j: i + 1 >= j, None, None, n, n, device=device
-            ),
-        )
-    else:
-        patch.setattr(
-            nine_ways, "causal_mask", lambda n, m, device: torch.ones(n, m, dtype=torch.bool, device=device).tril(1)
-        )
-
-
-def wrong_merge(patch, name):
-    "Put the heads together in a wrong order."
-    if name == "list of heads":
-        join = torch.cat
-        patch.setattr(torch, "cat", lambda parts, dim=0: join(parts[::-1], dim))
-    elif name in TORCHS:
-        build = nn.MultiheadAttention.__init__
-
-        def more_heads(self, *args, **more):
-            build(self, *args, **more)
-            self.num_heads, self.head_dim = 2 * self.num_heads, self.head_dim // 2
-
-        patch.setattr(nn.MultiheadAttention, "__init__", more_heads)
-    else:
-        patch.setattr(nine_ways, "merge_heads", lambda x: x.reshape(len(x), x.shape[2], -1))
-
-
-@pytest.mark.parametrize("mutation", [wrong_scale, wrong_mask, wrong_merge])
+@pytest.mark.parametrize("mutant", WAYS)
 @pytest.mark.parametrize("name", NINE_WAYS)
-def test_a_wrong_way_is_noticed(monkeypatch, name, mutation):
+def test_a_wrong_way_is_noticed(monkeypatch, name, mutant):
     layer = plain_layer()
-    mutation(monkeypatch, name)
+    WAYS[mutant].apply(monkeypatch, nine_ways, name)
     assert disagreement(name, layer) > 1e-3
 
 

@@ -269,7 +269,7 @@ def test_however_a_padded_text_is_cut(data):
         real[row, slice(0, count) if left else slice(first - count, first)] = False
     cuts = sorted(data.draw(st.sets(st.integers(first, n - 1)))) if first < n else []
     cache = model.new_cache(2, n)
-    got = [model(ids[:, :first], real=real, cache=cache)]
+    got = [model(ids[:, :first], key_mask=real, cache=cache)]
     rest = ids[:, first:].tensor_split([cut - first for cut in cuts], 1)
     got += [model(piece, cache=cache) for piece in rest if piece.shape[1]]
     got = torch.cat(got, dim=1)
@@ -356,7 +356,7 @@ def test_generating_is_asking_again_and_again():
 def test_padded_prompts_are_continued_as_each_alone():
     model, ids = model_of(), tokens(3, 5)
     real = torch.arange(5) >= torch.tensor([[0], [2], [4]])
-    together = torch.stack([*generate(model, ids, 5, real=real)], dim=1)
+    together = torch.stack([*generate(model, ids, 5, key_mask=real)], dim=1)
     alone = [torch.stack([*generate(model, ids[i : i + 1, kept], 5)], dim=1)[0] for i, kept in enumerate(real)]
     assert torch.equal(together, torch.stack(alone))
 
@@ -384,7 +384,7 @@ def test_as_long_as_the_model_was_trained_on():
         (tokens(0, 3), 3, {}, "at least one"),
         (tokens(1, 3), 0, {}, "at least one"),
         (tokens(1, 30), 11, {}, "41 tokens.*40"),
-        (tokens(1, 3), 2, dict(real=torch.tensor([[True, True, False]])), "pad on the left"),
+        (tokens(1, 3), 2, dict(key_mask=torch.tensor([[True, True, False]])), "pad on the left"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(ids, more, options, words):

@@ -17,7 +17,8 @@ from mha_book.instruments.gradients import gradient_report
 from mha_book.instruments.testing import SIZES, reference_attention
 from mha_book.kernels.backends import attention, attention_logits, attention_weights
 from mha_book.kernels.merging import attention_with_lse
-from mha_book.plugs.logits import GatedAttention, HeadTemperature, SinkAttention, largest_logits, qk_clip_, z_loss
+from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention, largest_logits, qk_clip_, z_loss
+from support.mutants import CLIPS
 from support.refusals import refused
 
 s = SIZES
@@ -33,12 +34,16 @@ def heads(n=s.n, m=s.m):
     )
 
 
-def build(kind=MultiHeadAttention, g=s.g, **options):
-    layer = kind(s.e, s.h, num_kv_heads=g, head_dim=s.d, **float64, **options)
+def build(g=s.g, **options):
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=g, head_dim=s.d, **float64, **options)
     for name, p in layer.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(p)
     return layer
+
+
+def gate(**options):
+    return OutputGate(s.e, s.h, head_dim=s.d, **float64, **options)
 
 
 def tokens(n=s.n, width=s.e, size=3.0):
@@ -46,7 +51,7 @@ def tokens(n=s.n, width=s.e, size=3.0):
 
 
 def logits_of(layer, *args):
-    q, k, _, _ = layer._heads(*args, *[None] * (5 - len(args)))
+    q, k, _ = layer.qkv(*args)
     return attention_logits(q, k)
 
 
@@ -61,7 +66,7 @@ OPTIONS = [
 BOUND = [dict(), dict(window=3), dict(softcap=2.0), dict(scale=0.7, impl="math"), dict(impl="sdpa")]
 
 
-@pytest.mark.parametrize("options, bound", itertools.product(OPTIONS, BOUND))
+@pytest.mark.parametrize("options, bound", list(itertools.product(OPTIONS, BOUND)))
 def test_sinks_are_the_loops(options, bound):
     q, k, v = heads()
     plug = SinkAttention(s.h, attend=partial(attention, **bound), **float64)
@@ -73,7 +78,7 @@ def test_sinks_are_the_loops(options, bound):
     assert (plug.sinks.grad != 0).all()
 
 
-@pytest.mark.parametrize("options, bound", itertools.product(OPTIONS, BOUND))
+@pytest.mark.parametrize("options, bound", list(itertools.product(OPTIONS, BOUND)))
 def test_a_temperature_divides_what_the_rest_gets(options, bound):
     q, k, v = heads()
     plug = HeadTemperature(s.h, attend=partial(attention, **bound), **float64)
@@ -121,8 +126,8 @@ def test_plugs_refuse_counts_that_are_none_or_not_the_heads():
 
 
 def opened(gated):
-    nn.init.zeros_(gated.gate_proj.weight)
-    nn.init.constant_(gated.gate_proj.bias, 40.0)
+    nn.init.zeros_(gated.finish.gate_proj.weight)
+    nn.init.constant_(gated.finish.gate_proj.bias, 40.0)
     return gated
 
 
@@ -137,7 +142,7 @@ def opened(gated):
     ],
 )
 def test_an_open_gate_is_the_layer_in_every_call(options):
-    plain, gated = build(**options), opened(build(GatedAttention, **options))
+    plain, gated = build(**options), opened(build(finish=gate(), **options))
     gated.load_state_dict(gated.state_dict() | plain.state_dict())
     x, mask = tokens(), torch.rand(s.n, s.n) < 0.7
     padding = torch.arange(s.n) < torch.tensor([[s.n], [3]])
@@ -153,13 +158,13 @@ def test_an_open_gate_is_the_layer_in_every_call(options):
 
 
 def test_the_gate_reads_the_tokens_that_ask_and_gates_number_by_number():
-    gated = build(GatedAttention, context_dim=11)
+    gated = build(finish=gate(), context_dim=11)
     x, context = tokens(), tokens(s.m, 11)
     heads = []
     hook = gated.attend
     gated.attend = lambda *args, **kwargs: heads.append(hook(*args, **kwargs)) or heads[-1]
     got = gated(x, context)
-    W, b = gated.gate_proj.weight, gated.gate_proj.bias
+    W, b = gated.finish.gate_proj.weight, gated.finish.gate_proj.bias
     for a, i in itertools.product(range(s.b), range(s.n)):
         gates = 1 / (1 + torch.exp(-(W @ x[a, i] + b)))
         row = torch.cat([heads[0][a, j, i] for j in range(s.h)])
@@ -172,7 +177,7 @@ class Cache:
     def __init__(self):
         self.k, self.v, self.seen, self.new = None, None, 0, None
 
-    def append(self, k, v, *padding):
+    def append(self, k, v, key_mask=None):
         old = () if self.k is None else ((self.k, self.v),)
         self.new = [torch.cat([*parts, t], dim=2) for *parts, t in zip(*old, (k, v))]
         return *self.new, None
@@ -180,48 +185,49 @@ class Cache:
     def commit(self):
         (self.k, self.v), self.seen = self.new, self.new[0].shape[2]
 
+    def crop(self, length):
+        self.k, self.v, self.seen = self.k[:, :, :length], self.v[:, :, :length], length
+
 
 def test_a_gated_layer_decodes_token_by_token():
-    gated, x, cache = build(GatedAttention), tokens(), Cache()
+    gated, x, cache = build(finish=gate()), tokens(), Cache()
     rows = [gated(x[:, i : i + 1], is_causal=True, cache=cache) for i in range(s.n)]
     assert cache.seen == s.n
     close(torch.cat(rows, dim=1), gated(x, is_causal=True))
 
 
 def test_a_call_that_fails_leaves_the_cache_as_it_was():
-    gated, cache = build(GatedAttention), Cache()
-    gated.gate_proj = nn.Linear(s.e, 3, **float64)
-    with pytest.raises(RuntimeError):
+    gated, cache = build(finish=gate()), Cache()
+    gated.finish.gate_proj = nn.Linear(s.e, 3, **float64)
+    with refused(ValueError, "3 gates", "48 numbers"):
         gated(tokens(), cache=cache)
     assert cache.k is None and cache.seen == 0
 
 
 def test_a_gated_layer_is_a_module_like_others():
-    gated = build(GatedAttention)
+    gated = build(finish=gate())
     for copied in copy.deepcopy(gated), pickle.loads(pickle.dumps(gated)):
         assert torch.equal(copied(x := tokens()), gated(x))
     with pytest.raises(RuntimeError, match="head"):
-        gated.load_state_dict(GatedAttention(s.e, 2 * s.h, num_kv_heads=2 * s.g, head_dim=s.d // 2).state_dict())
-    assert GatedAttention(s.e, 4, bias=False).gate_proj.bias is None
-    meta = GatedAttention(s.e, 4, device="meta").to_empty(device="cpu")
-    for p in meta.parameters():
-        nn.init.constant_(p, math.nan)
-    meta.reset_parameters()
-    assert all(p.isfinite().all() for p in meta.parameters())
-    with pytest.raises(ValueError, match="a gate"):
-        to_torch(GatedAttention(s.e, 4))
+        other = MultiHeadAttention(s.e, 2 * s.h, num_kv_heads=2 * s.g, head_dim=s.d // 2)
+        other.finish = OutputGate(s.e, 2 * s.h, head_dim=s.d // 2)
+        gated.load_state_dict(other.state_dict())
+    assert gate(bias=False).gate_proj.bias is None
+    assert OutputGate(s.e, 4).gate_proj.out_features == s.e  # e / h a head, unless told
+    with pytest.raises(ValueError, match="finish"):
+        to_torch(MultiHeadAttention(s.e, 4, finish=OutputGate(s.e, 4)))
 
 
 def test_dropout_stays_in_training():
-    gated, x = build(GatedAttention, dropout=0.5), tokens()
+    gated, x = build(finish=gate(), dropout=0.5), tokens()
     assert not torch.equal(gated(x), gated(x))
     gated.eval()
     assert torch.equal(gated(x), gated(x))
 
 
 def test_gradient_report_sees_a_closed_gate():
-    gated = opened(build(GatedAttention))
-    nn.init.constant_(gated.gate_proj.bias, -800.0)
+    gated = opened(build(finish=gate()))
+    nn.init.constant_(gated.finish.gate_proj.bias, -800.0)
     report = gradient_report(gated, lambda: gated(tokens()).square().sum())
     assert any("gate closed" in str(row.reason) for row in report.heads)
 
@@ -273,18 +279,18 @@ def test_low_precision_is_measured_in_float32_and_leaves_no_graph():
 
 
 @pytest.mark.parametrize(
-    "g, context_dim, bias, kind",
+    "g, context_dim, bias, finish",
     [
-        (s.h, None, True, MultiHeadAttention),
-        (s.g, None, True, MultiHeadAttention),
-        (1, None, False, MultiHeadAttention),
-        (s.g, 11, True, MultiHeadAttention),
-        (s.g, 11, False, GatedAttention),
-        (s.g, None, True, GatedAttention),
+        (s.h, None, True, None),
+        (s.g, None, True, None),
+        (1, None, False, None),
+        (s.g, 11, True, None),
+        (s.g, 11, False, gate()),
+        (s.g, None, True, gate()),
     ],
 )
-def test_every_head_gets_exactly_its_factor(g, context_dim, bias, kind):
-    layer = build(kind, g=g, context_dim=context_dim, bias=bias)
+def test_every_head_gets_exactly_its_factor(g, context_dim, bias, finish):
+    layer = build(g=g, context_dim=context_dim, bias=bias, finish=copy.deepcopy(finish))
     inputs = tokens(), None if context_dim is None else tokens(s.m, context_dim)
     before, old = logits_of(layer, *inputs), copy.deepcopy(layer.state_dict())
     largest = largest_logits(layer, *inputs)
@@ -373,9 +379,9 @@ def good():
     "error, words, change",
     [
         (ValueError, ("qk_norm", "undoes"), dict(layer=lambda: build(qk_norm=nn.RMSNorm))),
-        (ValueError, ("computed from others",), dict(layer=lambda: adapted("weight"))),
-        (ValueError, ("computed from others",), dict(layer=lambda: adapted("bias"))),
-        (ValueError, ("used twice",), dict(layer=lambda: tied())),
+        (TypeError, ("in_proj", "take off"), dict(layer=lambda: adapted("weight"))),
+        (TypeError, ("in_proj", "take off"), dict(layer=lambda: adapted("bias"))),
+        (TypeError, ("shares its weights",), dict(layer=lambda: tied())),
         (ValueError, ("threshold 1e-36", "1e+10"), dict(largest=torch.full((s.h,), 1e10), threshold=1e-36)),
         (TypeError, ("largest", "[1.0]"), dict(largest=[1.0])),
         (TypeError, ("largest", "int64"), dict(largest=torch.ones(s.h, dtype=torch.long))),
@@ -413,28 +419,15 @@ def tied():
     return layer
 
 
-def test_a_clip_that_is_wrong_would_be_noticed():
-    "The checks above, on three clips that are wrong: tiled groups, the whole root for shared keys, no biases."
-
-    def tiled(layer, factors):
-        layer.in_proj.weight[: s.h * s.d].mul_(factors.repeat(s.d)[:, None])
-
-    def each_in_turn(layer, factors):
-        for i, factor in enumerate(factors.tolist()):
-            for part, head in ("q", i), ("k", i // (s.h // s.g)):
-                layer.in_proj.weight[layer.layout.rows(part, head)] *= factor**0.5
-
-    def no_biases(layer, factors):
-        layer.in_proj.weight[: s.h * s.d].mul_(factors.repeat_interleave(s.d)[:, None])
-
-    for wrong in tiled, each_in_turn, no_biases:
-        layer, x = build(), tokens()
-        before, largest = logits_of(layer, x), largest_logits(layer, x)
-        factors = (largest.median() / largest).clamp(max=1.0)
-        with torch.no_grad():
-            wrong(layer, factors)
-        with pytest.raises(AssertionError):
-            close(logits_of(layer, x), factors[:, None, None] * before)
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_that_is_wrong_is_noticed(name):
+    layer, x = build(), tokens()
+    before, largest = logits_of(layer, x), largest_logits(layer, x)
+    factors = (largest.median() / largest).clamp(max=1.0)
+    with torch.no_grad():
+        CLIPS[name].apply(layer, factors)
+    with pytest.raises(AssertionError):
+        close(logits_of(layer, x), factors[:, None, None] * before)
 
 
 # --- z-loss ----------------------------------------------------------------------------------------------------------
@@ -537,7 +530,7 @@ def test_z_loss_of_halves_is_in_float32():
 
 
 def test_gradient_report_sees_a_masked_head_behind_a_gate():
-    layer, x, mask = build(GatedAttention), tokens(), torch.ones(s.h, s.n, s.n, dtype=torch.bool)
+    layer, x, mask = build(finish=gate()), tokens(), torch.ones(s.h, s.n, s.n, dtype=torch.bool)
     mask[2] = False
     reasons = [row.reason for row in gradient_report(layer, lambda: layer(x, mask=mask).sum()).heads if row.head == 2]
     assert any("masked everywhere" in (reason or "") for reason in reasons)

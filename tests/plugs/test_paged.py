@@ -1,20 +1,23 @@
 """Blocks give the numbers of the slab; no block is lost, written twice, or seen by a row that has no part in it."""
 
 import copy
-import inspect
-import types
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import (
+
+from mha_book.heads.layer import Cache
+from mha_book.plugs.cache import KVCache
+from mha_book.plugs.paged import BlockPool, PagedCache
+from support.caches import (
     ATTENDS,
     CUTS,
     POSITIONS,
     REFUSED,
     ROPE,
+    assert_cropped,
     assert_same,
     build,
     failing,
@@ -24,10 +27,7 @@ from test_cache import (
     s,
     texts,
 )
-
-import mha_book.plugs.paged
-from mha_book.plugs.cache import KVCache
-from mha_book.plugs.paged import BlockPool, PagedCache
+from support.mutants_caches import BLOCKS
 from support.refusals import refused
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
@@ -173,7 +173,32 @@ def check_two_that_want_the_last_block(cached=PagedCache, pools=BlockPool):
     assert_no_block_is_lost(pool, one, other)
 
 
+@torch.no_grad()
+def check_crops(cached=PagedCache, pools=BlockPool):
+    "Shared blocks stay with those who still read them, and rows that wrote behind them go on alone."
+    for first in CUTS["left padding"], CUTS["padding in the middle"], CUTS["at once"]:
+        for length in 0, 1, 3, 20, [4, 2], [2, 4], [0, 5]:
+            pool, other = pool_of(pools=pools), pool_of(pools=pools)
+            caches = cached(pool, s.b), cached(other, s.b)
+            assert_cropped(build(ROPE()), first, CUTS["uneven"], length, *caches)
+            assert_no_block_is_lost(pool, caches[0])
+    layer, pool, x = build(ROPE()), pool_of(pools=pools), torch.randn(1, 12, s.e, **float64)
+    whole, cache = layer(x, is_causal=True), cached(pool, 1)
+    layer(x[:, :8], is_causal=True, cache=cache)
+    cache.reorder(torch.tensor([0, 0, 0]))
+    layer(torch.randn(3, 3, s.e, **float64), is_causal=True, cache=cache)
+    cache.crop(torch.tensor([8, 5, 0]))
+    assert_no_block_is_lost(pool, cache)
+    real = torch.arange(12) < torch.tensor([[4], [7], [12]])
+    text = torch.stack([x[0].roll(-n, 0) for n in (8, 5, 0)])
+    got = layer(text, key_mask=real, is_causal=True, cache=cache)
+    for row, n in enumerate((8, 5, 0)):
+        torch.testing.assert_close(got[row, real[row]], whole[0, n:], atol=1e-12, rtol=0)
+    assert_no_block_is_lost(pool, cache)
+
+
 CHECKS = [
+    check_crops,
     check_beside_the_slab,
     check_forks,
     check_one_pool_for_many,
@@ -243,59 +268,25 @@ def test_sizes_are_counts(own_messages, make, error, words):
         make()
 
 
-FAULTS = {
-    "writes into shared blocks": ("if self.counts[block] == 1:", "if True:"),
-    "copies keys only": ("for t in self.k, self.v:\n            t[copy", "for t in (self.k,):\n            t[copy"),
-    "the copied block keeps its count": ("        self.release(block)\n        return copy", "        return copy"),
-    "given back before it is shared": (
-        "self.tables = [[self.pool.share(block) for block in old[row]] for row in chosen]",
-        "[self.pool.release(block) for block in sum(old, [])]; old = old[:0] + old; self.tables = "
-        "[[self.pool.share(block) for block in old[row]] for row in chosen]",
-    ),
-    "never given back": ("        for block in sum(old, []):\n            self.pool.release(block)\n", ""),
-    "a fork that is not counted": ("[self.pool.share(block) for block in old[row]]", "list(old[row])"),
-    "one table for all forks": (
-        "[[self.pool.share(block) for block in old[row]] for row in chosen]",
-        "[[self.pool.share(b) for b in old[chosen[0]]] for row in chosen]",
-    ),
-    "lengths stay behind": (
-        "self.lengths, self._call = [self.lengths[row] for row in chosen], None",
-        "self.lengths, self._call = [max(self.lengths)] * len(chosen), None",
-    ),
-    "a block too few": ("len(table) * size < length + count", "len(table) * size < length + count - 1"),
-    "a block too many": ("len(table) * size < length + count", "len(table) * size <= length + count"),
-    "places within the block from 1": ("* size + place % size", "* size + (place + 1) % size"),
-    "rows aligned at the left": ("- (cache.end - cache.seen)[:, None]", "- 0 * cache.seen[:, None]"),
-    "padding is kept": ("x.flatten(0, 1) if real is None else x[real]", "x.flatten(0, 1)[:len(slots)]"),
-    "committed at once": (
-        "        self._call = added, real, k.detach(), v.detach()\n",
-        "        self._call = added, real, k.detach(), v.detach(); self.commit()\n",
-    ),
-    "does not know that it is full": ("if needed > len(pool.free):", "if False:"),
-    "forgets the copies": ("needed += others[last] > 0", "needed += 0"),
-    "counts a copy for each": ("needed += others[last] > 0", "needed += pool.counts[last] > 1"),
-    "does not look again": ("        _check_blocks(self, added)    # another cache", "        # another cache"),
-    "appended and forgotten by nobody": ("for row in chosen], None\n", "for row in chosen], self._call\n"),
-    "reset gives nothing back": (
-        "        for block in sum(self.tables, []):\n            self.pool.release(block)\n",
-        "",
-    ),
-}
-
-
-def planted(old, new):
-    source = inspect.getsource(mha_book.plugs.paged)
-    assert source.count(old) == 1, (old, source.count(old))
-    module = types.ModuleType("mha_book.broken_paged")
-    module.__package__ = "mha_book"
-    exec(source.replace(old, new), module.__dict__)
-    return module
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_noticed(own_messages, name):
-    module = planted(*FAULTS[name])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_cache_with_a_fault_is_noticed(own_messages, monkeypatch, name):
+    BLOCKS[name].plant(monkeypatch)
     with pytest.raises(BaseException) as noticed:
         for check in CHECKS:
-            check(module.PagedCache, module.BlockPool)
+            check()
     assert not isinstance(noticed.value, (NameError, SyntaxError)), noticed.value
+
+
+def test_it_is_a_cache_by_the_protocol():
+    assert isinstance(PagedCache(pool_of(), 1), Cache)
+
+
+@given(data=st.data())
+def test_after_a_crop_the_cache_never_saw_the_rest(data):
+    first, then = (data.draw(texts(pieces(padded=data.draw(st.booleans())))) for _ in range(2))
+    lengths = st.integers(0, 20)
+    length = data.draw(lengths | st.lists(lengths, min_size=s.b, max_size=s.b))
+    pool, other = (pool_of(block_size=data.draw(st.integers(1, 5))) for _ in range(2))
+    cache = PagedCache(pool, s.b)
+    assert_cropped(build(ROPE()), first, then, length, cache, PagedCache(other, s.b))
+    assert_no_block_is_lost(pool, cache)

@@ -16,9 +16,11 @@ import mha_book
 from mha_book.heads.layer import MultiHeadAttention
 from mha_book.instruments.testing import SIZES, reference_attention
 from mha_book.kernels.backends import attention
-from mha_book.plugs.logits import GatedAttention, HeadTemperature, SinkAttention
+from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention
 from mha_book.variants import grouped
 from mha_book.variants.grouped import align_kv_heads, folded_attend, mean_kv_heads, repeat_kv_heads, rotate_kv_heads
+from support.mutants import FOLDS as WRONG_FOLDS
+from support.mutants import REPEATS, TURNS
 from support.refusals import refused
 
 s = SIZES
@@ -26,8 +28,8 @@ float64 = dict(dtype=torch.float64)
 close = partial(torch.testing.assert_close, atol=1e-11, rtol=1e-11)
 
 
-def build(g=s.g, kind=MultiHeadAttention, h=s.h, **options):
-    layer = kind(s.e, h, num_kv_heads=g, head_dim=s.d, **(float64 | options))
+def build(g=s.g, h=s.h, **options):
+    layer = MultiHeadAttention(s.e, h, num_kv_heads=g, head_dim=s.d, **(float64 | options))
     for p in layer.parameters():
         nn.init.normal_(p, std=0.5)
     return layer
@@ -58,7 +60,7 @@ KINDS = {
     "window": (dict(attend=partial(attention, window=3, softcap=2.0)), dict()),
     "sinks": (dict(attend=SinkAttention(s.h, **float64)), dict(is_causal=True)),
     "temperatures": (dict(attend=HeadTemperature(s.h, **float64)), dict()),
-    "gate": (dict(kind=GatedAttention), dict(is_causal=True)),
+    "gate": (dict(finish=OutputGate(s.e, s.h, head_dim=s.d, **float64)), dict(is_causal=True)),
     "folded": (dict(attend=folded_attend), dict(key_mask=torch.arange(s.n) < torch.tensor([[5], [3]]))),
 }
 
@@ -81,9 +83,7 @@ def test_copies_compute_the_same_and_are_taken_back_to_the_bit(name, g, wide):
     for key, value in before.items():
         assert torch.equal(layer.state_dict()[key], value)  # the old layer is left as it is
         assert torch.equal(back.state_dict()[key], value)
-    fresh = type(layer)(
-        s.e, s.h, num_kv_heads=wide, head_dim=s.d, **{k: v for k, v in (float64 | options).items() if k != "kind"}
-    )
+    fresh = type(layer)(s.e, s.h, num_kv_heads=wide, head_dim=s.d, **(float64 | options))
     fresh.load_state_dict(new.state_dict())  # the shapes and counts are those of such a layer
 
 
@@ -263,7 +263,7 @@ def test_turned_heads_compute_the_same(name, g, parts):
 def test_aligned_heads_compute_the_same_and_have_a_nearer_mean(name, g, few, given):
     options, call = KINDS[name]
     layer, x = build(g, **options), tokens()
-    proj, _ = grouped._kv_rows(layer)
+    proj, _ = layer.rows("k", 0)
     sample = torch.randn(3, 40, proj.in_features, **float64) if given else None
     new = align_kv_heads(layer, few, sample)
     close(new(x, **call), layer(x, **call), atol=1e-10)
@@ -331,13 +331,13 @@ def test_heads_are_compared_by_what_they_say(options):
     layer = build(3, **options)
     context = tokens(s.m, 11) if options.get("context_dim") else None
     x = tokens(s.m) if context is None else context
-    _, k, v, _ = layer._heads(x if context is None else tokens(), context, None, None, None)
+    _, k, v = layer.qkv(x if context is None else tokens(), context)
     k, v = (t.transpose(0, 1).flatten(1, 2).mT for t in (k, v))  # g d (b m)
     keys, values = grouped._what_heads_say(layer, x)
     close(keys, k - k.mean(2, keepdim=True))
     close(values, v)
     keys, values = grouped._what_heads_say(layer, None)  # the rows, and a value's bias as one more column
-    proj, start = grouped._kv_rows(layer)
+    proj, start = layer.rows("k", 0)[0], layer.rows("k", 0)[1].start
     rows = proj.weight[start:].unflatten(0, (2, 3, s.d))
     assert torch.equal(keys, rows[0])
     bias = () if proj.bias is None else (proj.bias[start:].view(2, 3, s.d, 1)[1],)
@@ -389,7 +389,7 @@ def test_low_precision_is_turned_in_float32_and_kept(dtype):
         (lambda: align_kv_heads(build(6), 3, tokens(device="meta")), ValueError, ("device differs", "x.to('cpu')")),
         (lambda: align_kv_heads(build(6, qk_norm=nn.RMSNorm), 3), ValueError, ("qk_norm", "values can")),
         (lambda: align_kv_heads(build(6, position=scaled), 3), ValueError, ("position", "values can")),
-        (lambda: align_kv_heads(build(6, GatedAttention), 3), ValueError, ("GatedAttention", "keys can")),
+        (lambda: align_kv_heads(build(6, finish=torch.mul), 3), ValueError, ("finish", "keys can")),
         (lambda: rotate_kv_heads(build(), turns(6)), ValueError, ("keys of shape (6, 8, 8)", "(3, 8, 8)")),
         (lambda: rotate_kv_heads(build(), None, turns(3, 9)), ValueError, ("values of shape (3, 9, 9)",)),
         (lambda: rotate_kv_heads(build(), 2 * turns(3)), ValueError, ("keys must be orthogonal",)),
@@ -412,7 +412,7 @@ def test_refused_parts_can_be_left_out():
     for options in (dict(qk_norm=nn.RMSNorm), dict(position=scaled)):
         layer, x = build(6, **options), tokens()
         close(align_kv_heads(layer, 2, parts="v")(x), layer(x), atol=1e-10)
-    layer = build(6, GatedAttention)
+    layer, x = build(6, finish=OutputGate(s.e, s.h, head_dim=s.d, **float64)), tokens()
     close(align_kv_heads(layer, 2, parts="k")(x), layer(x), atol=1e-10)
 
 
@@ -448,10 +448,9 @@ def test_a_layer_without_gradients_or_in_inference_can_be_changed():
 # --- the checks notice -----------------------------------------------------------------------------------------------
 
 
-def wrong_repeat(layer, num_kv_heads):
-    "Tile instead of repeat."
+def wrong_repeat(layer, num_kv_heads, mutant=REPEATS["tiled heads"]):
     copies = num_kv_heads // layer.layout.num_kv_heads
-    return grouped._with_kv_heads(layer, num_kv_heads, lambda heads: heads.repeat(copies, *[1] * (heads.dim() - 1)))
+    return grouped._with_kv_heads(layer, num_kv_heads, lambda heads: mutant.apply(heads, copies))
 
 
 def test_tiled_heads_are_noticed_but_not_where_there_is_one():
@@ -462,19 +461,16 @@ def test_tiled_heads_are_noticed_but_not_where_there_is_one():
         assert torch.equal(mean_kv_heads(repeat_kv_heads(layer, 6), g).in_proj.weight, layer.in_proj.weight)
 
 
-@pytest.mark.parametrize("left_out", ["in_proj.weight", "in_proj.bias", "out_proj.weight"])
-def test_a_turn_that_forgets_something_is_noticed(left_out):
+@pytest.mark.parametrize("name", TURNS)
+def test_a_turn_that_forgets_something_is_noticed(name):
     layer, x = build(), tokens()
-    new = rotate_kv_heads(layer, turns(s.g), turns(s.g))
-    with torch.no_grad():
-        new.get_parameter(left_out).copy_(layer.get_parameter(left_out))
+    new = TURNS[name].apply(layer, rotate_kv_heads(layer, turns(s.g), turns(s.g)))
     assert not torch.allclose(new(x), layer(x), atol=1e-3)
 
 
 def test_a_fold_that_mixes_heads_and_queries_is_noticed():
     q, k, v = torch.randn(s.b, s.h, s.n, s.d), *torch.randn(2, s.b, s.g, s.m, s.d)
-    wrong = attention(q.unflatten(1, (s.h // s.g, s.g)).transpose(1, 2).flatten(2, 3), k, v)
-    wrong = wrong.unflatten(2, (s.h // s.g, s.n)).flatten(1, 2)  # i mod g
+    wrong = WRONG_FOLDS["fold by i mod g"].apply(q, k, v)
     assert wrong.shape == q.shape and not torch.allclose(wrong, folded_attend(q, k, v), atol=1e-3)
 
 

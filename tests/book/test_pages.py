@@ -1,0 +1,122 @@
+"""The order of the pages: the sidebar's, the letters that pages show, and where each one sends its reader next."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from docutils import nodes
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "_ext"))
+import book_pages  # noqa: E402
+
+NEXT = re.compile(r"^\*\*Next:\*\*.*", re.M)
+LINK = re.compile(r"\]\(([\w./-]+?)(?:\.(?:md|ipynb))?(?:#[\w-]*)?\)")
+
+
+def pages(toc: dict) -> list[str]:
+    "All pages but the first in the order of the sidebar."
+
+    def flat(entries):
+        for entry in entries:
+            yield entry["file"]
+            yield from flat(entry.get("sections", []))
+
+    return [page for part in toc["parts"] for page in flat(part["chapters"])]
+
+
+def prose(path: Path) -> str:
+    "The text of a page: a notebook's markdown, or the whole file."
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf8")
+    cells = json.loads(path.read_text(encoding="utf8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def is_chapter(page: str) -> bool:
+    "Whether a page has a chapter's number; from 90 on stand helpers."
+    match = book_pages.CHAPTER.match(page)
+    return bool(match) and int(match[1]) < 90
+
+
+def wrong_next(order: list[str], texts: dict[str, str]) -> dict[str, str]:
+    "Page -> what is wrong with its `Next` line: all chapters but the last have one, and it names the page after."
+    chapters, faults = [page for page in order if is_chapter(page)], {}
+    for page, following in zip(order, [*order[1:], None]):
+        line, last = NEXT.search(texts[page]), page == (chapters or [None])[-1]
+        target = LINK.search(line[0]) if line else None
+        if line and (target is None or target[1] != following):
+            faults[page] = f"links to {target and target[1]}, before {following}"
+        elif not line and is_chapter(page) and not last:
+            faults[page] = "has no Next line"
+    return faults
+
+
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf8"))
+FILES = {path.stem: path for path in [*(ROOT / "nbs").glob("*.md"), *(ROOT / "nbs").glob("*.ipynb")]}
+
+
+def test_every_page_sends_its_reader_to_the_page_that_follows_in_the_sidebar():
+    order = pages(TOC)
+    assert wrong_next(order, {page: prose(FILES[page]) for page in order}) == {}
+
+
+@pytest.mark.parametrize(
+    "text, caught",
+    [
+        ("**Next:** [b](02_b)", False),
+        ("**Next:** [b](02_b) and later [c](03_c)", False),
+        ("text\n\n**Next:** it is [b](02_b.ipynb#there)", False),
+        ("**Next:** [c](03_c), and [b](02_b)", True),
+        ("**Next:** b", True),
+        ("no line", True),
+    ],
+)
+def test_a_wrong_next_line_is_seen(text, caught):
+    order = ["01_a", "02_b", "03_c", "run"]
+    texts = {"01_a": text, "02_b": "**Next:** [c](03_c)", "03_c": "the end", "run": ""}
+    assert list(wrong_next(order, texts)) == (["01_a"] if caught else [])
+    assert "03_c" in wrong_next(["03_c"], {"03_c": "**Next:** [b](02_b)"})
+
+
+def test_chapters_stand_in_the_order_of_their_files():
+    chapters = [page for page in pages(TOC) if is_chapter(page)]
+    assert chapters == sorted(chapters)
+    assert len(set(chapters)) == len(chapters) > 20
+
+
+def test_pages_inside_pages_are_found():
+    toc = {"parts": [{"chapters": [{"file": "a", "sections": [{"file": "b"}]}]}, {"chapters": [{"file": "c"}]}]}
+    assert pages(toc) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "page, shown",
+    [
+        ("04b_masks", "4b. Title"),
+        ("16_grouped", "16. Title"),
+        ("03c_head_counts", "3c. Title"),
+        ("91_testing", "Title"),
+        ("api_heads", "Title"),
+        ("04B_masks", "Title"),
+    ],
+)
+def test_a_page_shows_the_number_and_the_letter_of_its_file(page, shown):
+    title = nodes.title("", "Title")
+    section = nodes.section("", title)
+    book_pages.number_chapter(SimpleNamespace(env=SimpleNamespace(docname=page)), section)
+    assert title.astext() == shown
+
+
+def test_pages_of_one_number_all_have_letters():
+    numbers = {}
+    for page in filter(is_chapter, pages(TOC)):
+        number, letter = book_pages.CHAPTER.match(page).groups()
+        numbers.setdefault(number, []).append(letter)
+    shared = {number: letters for number, letters in numbers.items() if len(letters) > 1}
+    assert all(letters == list("abcdefg"[: len(letters)]) for letters in shared.values())
+    assert shared

@@ -1,0 +1,289 @@
+"""The layer's public ways in: where a head's rows are, q, k and v, the last socket, and who commits."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from mha_book.heads.layer import MultiHeadAttention, commit_once
+from mha_book.instruments.testing import SIZES as s
+from support.mutants import LAYER
+from support.padded_cache import PaddedCache
+from support.refusals import refused
+
+float64 = dict(dtype=torch.float64)
+close = partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12)
+OTHER = 11  # the width of a context that is not the tokens'
+
+
+def build(**options):
+    "A grouped layer in float64 in which no number is 0 or 1."
+    layer = MultiHeadAttention(s.e, s.h, **(dict(num_kv_heads=s.g, head_dim=s.d) | float64 | options))
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
+    return layer
+
+
+def tokens(n=s.n, width=s.e):
+    return torch.randn(s.b, n, width, **float64)
+
+
+def rows_by_hand(part, head):
+    "Name of the projection, and the numbers of a head's rows there, without and with a context of its own width."
+    h, g, d = s.h, s.g, s.d
+    first = {"q": 0, "k": h * d, "v": (h + g) * d, "o": 0}[part] + head * d
+    above = h * d if part in "kv" else 0  # what stands above the keys where all parts are stacked
+    one = "out_proj" if part == "o" else "in_proj"
+    two = {"q": "in_proj", "o": "out_proj"}.get(part, "context_proj")
+    return (one, list(range(first, first + d))), (two, list(range(first - above, first - above + d)))
+
+
+EVERY_HEAD = [(part, i) for part, count in dict(q=s.h, k=s.g, v=s.g, o=s.h).items() for i in range(count)]
+
+
+# Where a head's rows are
+
+
+@pytest.mark.parametrize("part, head", EVERY_HEAD)
+@pytest.mark.parametrize("context_dim", [None, OTHER])
+def test_rows_name_the_projection_and_the_head(part, head, context_dim):
+    layer = build(context_dim=context_dim)
+    name, numbers = rows_by_hand(part, head)[context_dim is not None]
+    proj, rows = layer.rows(part, head)
+    assert proj is getattr(layer, name) and list(range(1000))[rows] == numbers
+
+
+def test_rows_of_heads_and_parts_that_are_not_there_are_refused():
+    layer = build()
+    for part, head in (("q", s.h), ("k", s.g), ("v", s.g), ("o", s.h), ("q", -1)):
+        with pytest.raises(IndexError):
+            layer.rows(part, head)
+    with pytest.raises(KeyError):
+        layer.rows("x", 0)
+
+
+class LowRank(nn.Module):
+    "What adapters do: a Linear inside, and a product of two thin matrices beside it."
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.in_features = base, base.in_features
+        self.down, self.up = nn.Linear(base.in_features, 2, False), nn.Linear(2, base.out_features, False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Doubling(nn.Linear):
+    "A Linear with a forward of its own, which its rows do not tell."
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubling(proj):
+    new = Doubling(proj.in_features, proj.out_features, dtype=proj.weight.dtype)
+    new.load_state_dict(proj.state_dict())
+    return new
+
+
+def quantized(proj):
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(proj.float()), {nn.Linear}, torch.qint8)[0]
+
+
+NOT_PLAIN = {
+    "a low-rank adapter": LowRank,
+    "a forward of its own": doubling,
+    "weight_norm": parametrizations.weight_norm,
+    "prune": lambda proj: prune.l1_unstructured(proj, "weight", amount=0.3),
+    "int8": quantized,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")  # users still have it
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@pytest.mark.parametrize("name", ["in_proj", "context_proj", "out_proj"])
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_rows_of_what_is_no_plain_matrix_are_refused_by_name(kind, name):
+    layer = build(context_dim=OTHER)
+    setattr(layer, name, NOT_PLAIN[kind](getattr(layer, name)))
+    for part in layer.parts()[name]:
+        with refused(TypeError, name, "take off"):
+            layer.rows(part, 1)
+    others = set("qkvo") - set(layer.parts()[name])
+    assert all(layer.rows(part, 1) for part in others)  # those of the other projections are still their own
+
+
+# Queries, keys and values
+
+
+def qkv_by_hand(layer, x, context=None):
+    "Every head by its own rows, one after the other; q b h n d, k and v b g m d."
+    source = x if context is None else context
+    made = {"q": [], "k": [], "v": []}
+    for part, head in EVERY_HEAD:
+        if part != "o":
+            name, numbers = rows_by_hand(part, head)[layer.context_proj is not None]
+            proj = getattr(layer, name)
+            made[part].append((x if part == "q" else source) @ proj.weight[numbers].T + proj.bias[numbers])
+    return tuple(torch.stack(heads, 1) for heads in made.values())
+
+
+@pytest.mark.parametrize(
+    "options, width", [(dict(), None), (dict(), s.e), (dict(context_dim=OTHER), OTHER)], ids=["self", "shared", "own"]
+)
+def test_qkv_are_the_slices_of_the_projections(options, width):
+    layer, x = build(**options), tokens()
+    context = None if width is None else tokens(s.m, width)
+    for got, wanted in zip(layer.qkv(x, context), qkv_by_hand(layer, x, context), strict=True):
+        close(got, wanted)
+
+
+def later_is_longer(q, k, *, offset):
+    "A position plug that multiplies by the place, the first of which is `offset`."
+    return tuple(t * (1 + offset + torch.arange(t.shape[2], dtype=t.dtype))[:, None] for t in (q, k))
+
+
+@pytest.mark.parametrize("width", [None, s.e])
+def test_qkv_come_after_the_norm_and_the_position(width):
+    layer, x = build(qk_norm=nn.RMSNorm, position=later_is_longer), tokens()
+    context = None if width is None else tokens(s.m, width)
+    q, k, v = qkv_by_hand(layer, x, context)
+
+    def placed(t, norm):
+        unit = t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() * norm.weight
+        return torch.stack([unit[:, :, i] * (1 + 4 + i) for i in range(t.shape[2])], 2)
+
+    wanted = placed(q, layer.q_norm), placed(k, layer.k_norm), v
+    for got, right in zip(layer.qkv(x, context, offset=4), wanted, strict=True):
+        close(got, right)
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_a_layer_that_takes_other_rows_is_noticed(name):
+    layer, x = build(), tokens()
+    wrong = LAYER[name].apply(layer)
+    with pytest.raises(AssertionError):
+        for got, wanted in zip(wrong.qkv(x), qkv_by_hand(layer, x), strict=True):
+            close(got, wanted)
+
+
+WRAPPED = {
+    "as it is": lambda layer: None,
+    "a hook before": lambda layer: layer.in_proj.register_forward_pre_hook(lambda proj, args: (args[0] * 3,)),
+    "a hook after": lambda layer: layer.in_proj.register_forward_hook(lambda proj, args, y: y + 0.5),
+    "an adapter": lambda layer: setattr(layer, "in_proj", LowRank(layer.in_proj).double()),
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer.in_proj),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind):
+    layer, x = build(), tokens()
+    plain = layer(x)
+    WRAPPED[kind](layer)
+    close(layer(x), layer(x, x))
+    assert (kind in ("as it is", "weight_norm")) == torch.allclose(layer(x), plain)  # the wrapper was there
+
+
+# Torch's name for a mask of the opposite meaning
+
+
+def test_torchs_name_for_padding_is_refused_with_the_way_out():
+    layer, x = build(), tokens()
+    padding = torch.zeros(s.b, s.n, dtype=torch.bool)
+    for call in (layer, layer.attention_map):
+        with pytest.raises(Exception, match="key_padding_mask"):  # with the checker of shapes too
+            call(x, key_padding_mask=padding)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_torchs_name_for_padding_is_refused_in_words():
+    layer, x = build(), tokens()
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, "True = padding", "key_mask=~key_padding_mask"):
+            call(x, key_padding_mask=torch.zeros(s.b, s.n, dtype=torch.bool))
+
+
+# The last socket
+
+
+def test_finish_gets_the_merged_heads_and_the_tokens_before_the_last_product():
+    got = []
+
+    def finish(heads, x):
+        got.append((heads, x))
+        return heads * 2 + 1
+
+    layer, x, context = build(finish=finish), tokens(), tokens(s.m)
+    y = layer(x, context)
+    ((heads, asked),) = got
+    q, k, v = qkv_by_hand(layer, x, context)
+    size = s.h // s.g
+    merged = torch.cat(
+        [(q[:, i] @ k[:, i // size].mT * s.d**-0.5).softmax(-1) @ v[:, i // size] for i in range(s.h)], -1
+    )
+    assert asked is x and heads.shape == (s.b, s.n, s.h * s.d)
+    close(heads, merged)
+    close(y, (2 * merged + 1) @ layer.out_proj.weight.T + layer.out_proj.bias)
+
+
+# Who commits
+
+
+class Counting(PaddedCache):
+    "A cache that counts its commits."
+
+    commits = 0
+
+    def commit(self):
+        super().commit()
+        self.commits += 1
+
+
+def test_a_layer_commits_its_own_cache_once_a_call():
+    layer, cache = build(), Counting(s.b)
+    for calls in (1, 2):
+        layer(tokens(), cache=cache)
+        assert cache.commits == calls and cache.seen.tolist() == [calls * s.n] * s.b
+
+
+def test_the_outermost_block_commits_every_cache_once():
+    layers, caches = [build(), build()], [Counting(s.b), Counting(s.b)]
+    with commit_once(*caches):
+        with commit_once(caches[0]):
+            for layer, cache in zip(layers, caches):
+                layer(tokens(), cache=cache)
+        assert [cache.commits for cache in caches] == [0, 0]
+    assert [cache.commits for cache in caches] == [1, 1]
+    layers[0](tokens(), cache=caches[0])  # and afterwards each call is its own again
+    assert [cache.commits for cache in caches] == [2, 1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_block_that_fails_keeps_nothing(nested):
+    layer, caches = build(), [Counting(s.b), Counting(s.b)]
+    with pytest.raises(ZeroDivisionError), commit_once(*caches):
+        layer(tokens(), cache=caches[0])
+        with commit_once(*caches[nested:]):
+            layer(tokens(), cache=caches[1])
+            raise ZeroDivisionError
+    assert all(cache.commits == 0 and cache.kept is None for cache in caches)
+    layer(tokens(), cache=caches[1])  # a failure leaves no cache in anybody's hands
+    assert caches[1].commits == 1
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_call_that_fails_late_keeps_nothing():
+    layer, cache = build(finish=lambda heads, x: heads[..., :3]), Counting(s.b)
+    with pytest.raises(RuntimeError):
+        layer(tokens(), cache=cache)
+    assert cache.commits == 0 and cache.kept is None
+
+
+def test_a_layer_is_copied_with_its_sockets():
+    layer, x = build(finish=lambda heads, x: heads * 2), tokens()
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))

@@ -1,0 +1,439 @@
+"""Caches with a fault, by name: what the properties of `tests/plugs` have to notice.
+
+Each is one method swapped for another that is made of the right one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mha_book.plugs.cache import Call, KVCache, Slots
+from mha_book.plugs.paged import BlockPool, PagedCache, Tables
+
+
+@dataclass(frozen=True)
+class Mutant:
+    "A class whose method `name` is exchanged: `make` gets the right one and returns the wrong one."
+
+    owner: type
+    name: str
+    make: Callable
+
+    def plant(self, monkeypatch):
+        right = getattr(self.owner, self.name)
+        wrong = self.make(right)
+        assert wrong is not right
+        monkeypatch.setattr(self.owner, self.name, wrong)
+
+
+def after(change):
+    "The right method, and then `change(self)`."
+
+    def make(right):
+        def wrong(self, *args, **options):
+            answer = right(self, *args, **options)
+            change(self)
+            return answer
+
+        return wrong
+
+    return make
+
+
+def keeps_pending(right):
+    "What was appended stays, to be committed."
+
+    def wrong(self, *args):
+        pending = getattr(self, "_pending", None)
+        right(self, *args)
+        self._pending = pending
+
+    return wrong
+
+
+# --- the slab -------------------------------------------------------------------------------------------------------
+
+
+def keeps(most):
+    def change(cache):
+        cache.most = cache.most if cache.window is None else most(cache.window, cache.keep_first)
+
+    return after(change)
+
+
+def with_call(change):
+    "Another call in place of `self`, or of the argument."
+    return lambda right: lambda self, *args: right(change(self), *args)
+
+
+def visible(change):
+    "Call.visible with another window or other first tokens."
+    return lambda right: (
+        lambda self, m, held, window=None, keep_first=0: right(self, m, held, *change(window, keep_first))
+    )
+
+
+def rolls_and_nothing_else(right):
+    def wrong(self, call, m):
+        rolls = self.window is not None and m > self.keep_first + self.window
+        return right(self, call, m) if rolls else None
+
+    return wrong
+
+
+def forgets_ragged(right):
+    def wrong(self):
+        call = self._pending and self._pending[0]
+        right(self)
+        self.ragged = call.ragged
+
+    return wrong
+
+
+def counts_one(right):
+    def wrong(self):
+        seen = self.seen
+        right(self)
+        self.seen = seen + 1
+
+    return wrong
+
+
+def counts_early(cache):
+    cache.seen = cache.seen + cache._pending[0].added
+
+
+def commits_at_once(cache):
+    cache.commit()
+    cache._pending = Call(0, 0, 0, 0), 0, None
+
+
+def drops_first(right):
+    def wrong(self, k, v, *args):
+        if self.window is not None:
+            too_many = self.slots.length + k.shape[2] - self.most - 1
+            self.slots.start += min(max(0, too_many), self.slots.length)
+        return right(self, k, v, *args)
+
+    return wrong
+
+
+def reorders_without_lengths(right):
+    def wrong(self, rows):
+        seen = self.seen
+        right(self, rows)
+        self.seen = seen[:1].expand(len(rows))
+
+    return wrong
+
+
+def never_full(right):
+    def wrong(self, call):
+        try:
+            return right(self, call)
+        except ValueError:
+            return self.max_len
+
+    return wrong
+
+
+def writes_too_far(right):
+    def wrong(self, *new):
+        n, at = new[0].shape[2], self.end
+        for buffer, t in zip((self.k, self.v), new):
+            buffer.narrow(2, min(at + 1, buffer.shape[2] - n), n).copy_(t)
+        return self.filled(n)
+
+    return wrong
+
+
+def front_without_end(right):
+    def wrong(self, n, *args):
+        end = self.end + n
+        right(self, n, *args)
+        self.end = end
+
+    return wrong
+
+
+def keeps_the_last_only(right):
+    def wrong(self, *args):
+        few, self.keep_first = self.keep_first, 0
+        try:
+            return right(self, *args)
+        finally:
+            self.keep_first = few
+
+    return wrong
+
+
+def aligned_left(right):
+    def wrong(self, call, longest, m):
+        slots = right(self, call, longest, m)
+        kept = (self.held + call.added).clamp(max=self.most)
+        place = torch.arange(slots.shape[1]) + (slots.shape[1] - kept)[:, None]
+        return slots.gather(1, place.clamp(max=slots.shape[1] - 1))
+
+    return wrong
+
+
+def crops_by_what_goes(right):
+    return lambda self, length: right(self, (self.seen - length).clamp(min=0))
+
+
+def crops_uncounted(right):
+    def wrong(self, length):
+        seen = self.seen
+        right(self, length)
+        self.seen = seen
+
+    return wrong
+
+
+def crops_the_first(right):
+    def wrong(self, length):
+        self.start = max(self.start, self.end - length)
+
+    return wrong
+
+
+SLAB = {
+    "keeps one too few": Mutant(KVCache, "__init__", keeps(lambda window, few: few + max(window - 2, 0))),
+    "keeps one too many": Mutant(KVCache, "__init__", keeps(lambda window, few: few + window)),
+    "window one too wide": Mutant(Call, "visible", visible(lambda w, few: (w and w + 1, few))),
+    "window one too narrow": Mutant(Call, "visible", visible(lambda w, few: (w and max(w - 1, 1), few))),
+    "no mask for chunks that roll": Mutant(
+        KVCache,
+        "_visible",
+        lambda right: lambda self, call, m: call.visible(m, self.held) if self.ragged or call.ragged else None,
+    ),
+    "a mask for padding only": Mutant(Call, "visible", visible(lambda w, few: (None, few))),
+    "no mask for ragged rows": Mutant(KVCache, "_visible", rolls_and_nothing_else),
+    "rows forgotten after the call": Mutant(KVCache, "commit", forgets_ragged),
+    "first tokens not carried": Mutant(Slots, "carry", lambda right: lambda self, *args: None),
+    "first tokens of ragged rows by slot": Mutant(
+        Slots, "carry", lambda right: lambda self, start, few, lost: right(self, start, few, None)
+    ),
+    "first tokens hidden": Mutant(Call, "visible", visible(lambda w, few: (w, 0))),
+    "shifts by the padding behind": Mutant(Call, "arrange", with_call(lambda call: call._replace(lead=call.trail))),
+    "does not shift": Mutant(Call, "arrange", lambda right: lambda self, old, new: torch.cat([old, new], dim=2)),
+    "padding stays on the right": Mutant(
+        KVCache, "_kept", lambda right: lambda self, call, *args: right(self, call._replace(trail=0), *args)
+    ),
+    "mask forgets the padding behind": Mutant(Call, "visible", with_call(lambda call: call._replace(trail=0))),
+    "padding counts as tokens": Mutant(
+        Call, "of", lambda right: lambda n, mask: (c := right(n, mask))._replace(added=n + 0 * c.lead)
+    ),
+    "seen not counted": Mutant(KVCache, "commit", counts_one),
+    "counted before the call succeeds": Mutant(KVCache, "append", after(counts_early)),
+    "committed at once": Mutant(KVCache, "append", after(commits_at_once)),
+    "drops before it shows": Mutant(KVCache, "append", drops_first),
+    "reorder forgets lengths": Mutant(KVCache, "reorder", reorders_without_lengths),
+    "reorder keeps what was appended": Mutant(KVCache, "reorder", keeps_pending),
+    "reset keeps what was appended": Mutant(KVCache, "reset", keeps_pending),
+    "values where keys belong": Mutant(
+        Slots, "put", lambda right: lambda self, laid_out, slots: right(self, laid_out[::-1], slots)
+    ),
+    "does not know that it is full": Mutant(KVCache, "_longest", never_full),
+    "written one slot too far": Mutant(Slots, "write", writes_too_far),
+    "moved to the front without its end": Mutant(Slots, "advance", front_without_end),
+    "last instead of first tokens": Mutant(KVCache, "_kept", keeps_the_last_only),
+    "rows aligned at the left": Mutant(KVCache, "_kept", aligned_left),
+    "crop does not ask what is gone": Mutant(KVCache, "_check_return", lambda right: lambda self, length: None),
+    "crop takes what goes for what stays": Mutant(KVCache, "crop", crops_by_what_goes),
+    "crop keeps what was appended": Mutant(KVCache, "crop", keeps_pending),
+    "crop is not counted": Mutant(KVCache, "crop", crops_uncounted),
+    "crop takes the first tokens": Mutant(Slots, "keep", crops_the_first),
+    "crop moves no row": Mutant(
+        Slots, "crop", lambda right: lambda self, held, kept: self.keep(self.length - int((held - kept).min()))
+    ),
+    "crop forgets that rows differ": Mutant(KVCache, "crop", after(lambda cache: setattr(cache, "ragged", False))),
+}
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def copied(change):
+    "BlockPool.own, and `change` where it made a copy."
+
+    def make(right):
+        def wrong(self, block):
+            copy = right(self, block)
+            if copy != block:
+                change(self, block, copy)
+            return copy
+
+        return wrong
+
+    return make
+
+
+def without_values(pool, block, copy):
+    pool.v[copy * pool.block_size : (copy + 1) * pool.block_size] = 0
+
+
+def counted_twice(pool, block, copy):
+    pool.counts[block] += 1
+
+
+def reorders(early=False, late=True, share=True, first=False):
+    "Tables.reorder with its steps changed."
+
+    def make(right):
+        def wrong(self, rows):
+            old, pool = self.tables, self.pool
+            if early:
+                [pool.release(block) for block in sum(old, [])]
+            chosen = [old[rows[0] if first else row] for row in rows]
+            self.tables = [[pool.share(b) if share else b for b in table] for table in chosen]
+            self.lengths = [self.lengths[row] for row in rows]
+            if late and not early:
+                [pool.release(block) for block in sum(old, [])]
+
+        return wrong
+
+    return make
+
+
+def same_lengths(right):
+    def wrong(self, rows):
+        longest = max(self.lengths)
+        right(self, rows)
+        self.lengths = [longest] * len(rows)
+
+    return wrong
+
+
+def a_block_too_few(tables):
+    for table, length in zip(tables.tables, tables.lengths):
+        if length % tables.pool.block_size == 1:
+            tables.pool.release(table.pop())
+
+
+def a_block_too_many(tables):
+    for table, length in zip(tables.tables, tables.lengths):
+        if length and length % tables.pool.block_size == 0:
+            table.append(tables.pool.take())
+
+
+def from_one(right):
+    def wrong(self):
+        slots, size = right(self), self.pool.block_size
+        return slots // size * size + (slots + 1) % size
+
+    return wrong
+
+
+def blocks_left(right):
+    def wrong(self):
+        slots, lengths = right(self), torch.tensor(self.lengths)
+        place = torch.arange(slots.shape[1]) + (slots.shape[1] - lengths)[:, None]
+        return slots.gather(1, place.clamp(max=max(0, slots.shape[1] - 1)))
+
+    return wrong
+
+
+def keeps_padding(right):
+    def wrong(self):
+        if self._pending is not None and self._pending[1] is not None:
+            added, mask, *new = self._pending
+            first = torch.arange(mask.numel()).view(mask.shape) < sum(added)
+            self._pending = added, first, *new
+        right(self)
+
+    return wrong
+
+
+def forgets_copies(right):
+    def wrong(self, added):
+        counts = self.pool.counts
+        self.pool.counts = [min(count, 1) for count in counts]
+        try:
+            right(self, added)
+        finally:
+            self.pool.counts = counts
+
+    return wrong
+
+
+def a_copy_for_each(right):
+    def wrong(self, added):
+        pool, size, needed = self.pool, self.pool.block_size, 0
+        for table, length, count in zip(self.tables, self.lengths, added):
+            needed += -(-(length + count) // size) - len(table)
+            needed += bool(count and length % size and pool.counts[table[-1]] > 1)
+        if needed > len(pool.free):
+            raise ValueError(f"pool full: {len(pool.free)} of {len(pool.counts)} blocks free, and {needed} needed")
+
+    return wrong
+
+
+def looks_once(right):
+    def wrong(self):
+        self.blocks.check_room = lambda added: None
+        try:
+            right(self)
+        finally:
+            del self.blocks.check_room
+
+    return wrong
+
+
+def gives_nothing_back(self):
+    self.blocks.tables, self.blocks.lengths = [[] for _ in self.tables], [0] * len(self.tables)
+    self._pending = None
+
+
+def crops_lengths_only(self, lengths):
+    self.lengths = lengths
+
+
+def crops_a_block_too_many(self, lengths):
+    for table, length in zip(self.tables, lengths):
+        while len(table) * self.pool.block_size > length:
+            self.pool.release(table.pop())
+    self.lengths = lengths
+
+
+def crops_shared_blocks(self, lengths):
+    for table, length in zip(self.tables, lengths):
+        while (len(table) - 1) * self.pool.block_size >= length and table:
+            block = table.pop()
+            self.pool.counts[block] = 0
+            self.pool.free.append(block)
+    self.lengths = lengths
+
+
+def instead(wrong):
+    return lambda right: wrong
+
+
+BLOCKS = {
+    "writes into shared blocks": Mutant(BlockPool, "own", instead(lambda self, block: block)),
+    "copies keys only": Mutant(BlockPool, "own", copied(without_values)),
+    "the copied block keeps its count": Mutant(BlockPool, "own", copied(counted_twice)),
+    "given back before it is shared": Mutant(Tables, "reorder", reorders(early=True)),
+    "never given back": Mutant(Tables, "reorder", reorders(late=False)),
+    "a fork that is not counted": Mutant(Tables, "reorder", reorders(share=False)),
+    "one table for all forks": Mutant(Tables, "reorder", reorders(first=True)),
+    "lengths stay behind": Mutant(Tables, "reorder", same_lengths),
+    "a block too few": Mutant(Tables, "extend", after(a_block_too_few)),
+    "a block too many": Mutant(Tables, "extend", after(a_block_too_many)),
+    "places within the block from 1": Mutant(Tables, "slots", from_one),
+    "rows aligned at the left": Mutant(Tables, "slots", blocks_left),
+    "padding is kept": Mutant(PagedCache, "commit", keeps_padding),
+    "committed at once": Mutant(PagedCache, "append", after(lambda cache: cache.commit())),
+    "does not know that it is full": Mutant(Tables, "check_room", instead(lambda self, added: None)),
+    "forgets the copies": Mutant(Tables, "check_room", forgets_copies),
+    "counts a copy for each": Mutant(Tables, "check_room", a_copy_for_each),
+    "does not look again": Mutant(PagedCache, "commit", looks_once),
+    "appended and forgotten by nobody": Mutant(PagedCache, "reorder", keeps_pending),
+    "reset gives nothing back": Mutant(PagedCache, "reset", instead(gives_nothing_back)),
+    "crop gives nothing back": Mutant(Tables, "crop", instead(crops_lengths_only)),
+    "crop gives a block too many back": Mutant(Tables, "crop", instead(crops_a_block_too_many)),
+    "crop frees what others read": Mutant(Tables, "crop", instead(crops_shared_blocks)),
+    "crop takes what goes for what stays": Mutant(PagedCache, "crop", crops_by_what_goes),
+    "crop keeps what was appended": Mutant(PagedCache, "crop", keeps_pending),
+}
