@@ -62,8 +62,8 @@ clean-notebooks: $(READY) ## strip outputs and volatile metadata from the notebo
 	@$(BIN)/nbdev_clean
 
 .PHONY: lint
-lint: $(READY) ## check the code, the notebooks' too, with ruff
-	@$(BIN)/ruff check --quiet . && echo "ruff: no complaints"
+lint: $(READY) ## check the code, the notebooks' too, with ruff, and its format
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "ruff: no complaints"
 
 .PHONY: pytest
 pytest: $(READY) ## run tests/
@@ -94,7 +94,7 @@ test-libraries: $(READY) ## compare with Transformers, Keras and Flax (installs 
 
 .PHONY: test-devices
 test-devices: $(READY) ## run every notebook on a simulated GPU that refuses to mix devices
-	@MHA_DEVICES_REQUIRED=1 $(BIN)/python -m pytest tests/test_devices.py
+	@MHA_DEVICES_REQUIRED=1 $(BIN)/python -m pytest tests/devices
 
 .PHONY: test-gpu
 test-gpu: $(READY) ## run the tests that need a GPU

@@ -13,7 +13,7 @@ import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from mha_book.bench import cli, measured, suites
+from mha_book.bench import cli, contests, measured, suites
 from mha_book.bench import memory as what_fits
 from mha_book.bench.cli import main
 from mha_book.bench.measured import Row, Table, measurements, read_measurement, side_by_side, write_measurement
@@ -29,9 +29,11 @@ SMALL = Setting(2, 16, 48, 6, torch.device("cpu"), torch.float32)
 @pytest.fixture
 def quick(monkeypatch):
     "Measurements that take no time: a machine that is made up, and blocks of one call."
-    timed = cli.benchmark
-    monkeypatch.setattr(cli, "measure_machine", lambda device, dtype: cli.Machine("this CPU", 1e11, 3e10, "made up"))
-    monkeypatch.setattr(cli, "benchmark", lambda calls, **more: timed(calls, **more | dict(min_seconds=1e-6)))
+    timed = contests.benchmark
+    monkeypatch.setattr(
+        cli, "measure_machine", lambda device, dtype: contests.Machine("this CPU", 1e11, 3e10, "made up")
+    )
+    monkeypatch.setattr(contests, "benchmark", lambda calls, **more: timed(calls, **more | dict(min_seconds=1e-6)))
 
 
 def said(capsys, *line):
@@ -75,7 +77,7 @@ def test_refused_with_a_reason(capsys, line, reason):
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 @pytest.mark.parametrize("slower, refused", [(3.0, True), (0.5, False)])
 def test_halves_on_a_cpu_are_refused_where_they_were_measured_slow(monkeypatch, slower, refused, name):
-    timing = cli.benchmark({0: lambda: None, 1: lambda: None}, device="cpu", rounds=3, min_seconds=1e-6)[1]
+    timing = contests.benchmark({0: lambda: None, 1: lambda: None}, device="cpu", rounds=3, min_seconds=1e-6)[1]
     fake = type(timing)(slower, slower, slower, 1.0, 0)
     monkeypatch.setattr(what_fits, "benchmark", lambda calls, **more: {"float32": timing, name: fake})
     if refused:
@@ -262,7 +264,7 @@ def test_a_table_on_screen():
         Row("outside it", 0.97, 0.96, 0.98, 0.00194, 3 * 2**20, 0.51, 2.25, ""),
         Row("none", *[None] * 7, "why not"),
     ]
-    assert cli._show(Table("ways", "forward", [2, 5, 48, 6], rows)).split("\n")[3:] == [
+    assert contests.show(Table("ways", "forward", [2, 5, 48, 6], rows)).split("\n")[3:] == [
         "  base                        1.00 (0.98 to 1.01)        2.000      3.0 MiB          50%  <- A/A band",
         "  within the band from above  = 1.02 (1.01 to 1.03)      2.040      3.0 KiB          49%",
         "  outside it                  0.97 (0.96 to 0.98)        1.940      3.0 MiB          51%  compiled in 2.2 s",
