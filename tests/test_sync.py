@@ -57,6 +57,9 @@ def fresh_export(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("export")
     shutil.copytree(ROOT / "nbs", place / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", place)
+    for name in by_hand(ROOT / "mha_book") - {"py.typed"}:  # nbdev's index lists these modules too
+        (place / "mha_book" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "mha_book" / name, place / "mha_book" / name)
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     subprocess.run([sys.executable, "-c", EXPORT], cwd=place, env=environment, check=True)
     return place / "mha_book"

@@ -270,6 +270,7 @@ enter("attention, the definition", partial(mixed, attend=single_head.plain_atten
 enter("fused_attend", partial(mixed, attend=single_head.fused_attend), SHARED | DROPOUT)
 enter("attention_weights, the definition", partial(weighed, weights=single_head.plain_attention_weights), SHARED)
 enter("attention_weights", partial(weighed, weights=backends.attention_weights), SHARED | NEWER | SOFTCAP)
+enter("attention_logits", partial(weighed, weights=backends.attention_logits), SHARED | SOFTCAP)
 enter("attention", partial(mixed, attend=backends.attention), ALL)
 enter("attention, math", partial(mixed, attend=partial(backends.attention, impl="math")), ALL)
 enter("attention, sdpa", partial(mixed, attend=partial(backends.attention, impl="sdpa")), SHARED | NEWER | DROPOUT)
@@ -589,10 +590,17 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
 }
 WITHOUT_TENSORS = {
+    "Attend",
+    "Cache",
+    "DIALECTS",
     "Dialect",
+    "Finish",
     "HeadLayout",
     "benchmark",
+    "Position",
     "cache_bytes",
+    "commit_once",  # around every case with a cache
+    "implementations",
     "nearest_head_counts",
     "peak_bytes",
     "pick_device",

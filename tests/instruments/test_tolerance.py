@@ -519,6 +519,8 @@ def test_after_an_error_all_is_as_before():
 # The figures
 
 
+# numpy 2 tells matplotlib of torch's tensors, which take no `copy`
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 def test_the_figures_draw_every_head():
     from mha_book.figures import head_color, head_errors, head_grid
 
