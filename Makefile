@@ -65,6 +65,10 @@ clean-notebooks: $(READY) ## strip outputs and volatile metadata from the notebo
 lint: $(READY) ## check the code, the notebooks' too, with ruff, and its format
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && echo "ruff: no complaints"
 
+.PHONY: types
+types: $(READY) ## have a type checker read the public names and a script that uses them (part of make pytest)
+	@$(BIN)/basedpyright --project pyrightconfig.json --pythonpath $(BIN)/python
+
 .PHONY: pytest
 pytest: $(READY) ## run tests/
 	@$(BIN)/python -m pytest
@@ -126,6 +130,17 @@ cover: export ## draw the figure of the first page again
 .PHONY: wheel
 wheel: $(READY) ## build the package into dist/
 	@$(BIN)/python -m build --wheel --no-isolation
+
+.PHONY: sdist
+sdist: $(READY) ## build the source distribution into dist/
+	@$(BIN)/python -m build --sdist --no-isolation
+
+.PHONY: zip
+zip: ## pack the built book into dist/mha-book-html.zip, to be read offline
+	@test -f $(HTML)/index.html || { echo "There is no book yet: make book" >&2; exit 1; }
+	@mkdir -p dist
+	@$(BIN)/python -c 'import shutil; shutil.make_archive("dist/mha-book-html", "zip", "_build", "html")'
+	@echo "dist/mha-book-html.zip"
 
 .PHONY: repository
 repository: $(READY) ## fill in the repository's address: make repository URL=https://github.com/OWNER/mha-book

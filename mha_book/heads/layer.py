@@ -9,7 +9,7 @@ __all__ = ['AttendOptions', 'Attend', 'Position', 'Finish', 'Cache', 'commit_onc
 # %% ../../nbs/03b_layer.ipynb #imports
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol, TypedDict, Unpack, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +27,7 @@ from .weight_split import HeadLayout, StackedProjections, merge_heads, split_hea
 
 # %% ../../nbs/03b_layer.ipynb #sockets
 class AttendOptions(TypedDict, total=False):
-    "What the layer tells a plug for `attend`, beside q, k and v."
+    "What the layer tells a plug for `attend`: the type of options that a plug hands on."
 
     mask: Bool[Tensor, "..."] | None    # True = may look; broadcasts to b h n m
     bias: Float[Tensor, "..."] | None   # added to the logits; broadcasts to b h n m
@@ -43,8 +43,8 @@ class Attend(Protocol):
     that may look nowhere gives 0. A plug with parameters is a module, and is trained.
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor,
-                 **options: Unpack[AttendOptions]) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None,
+                 bias: Tensor | None, is_causal: bool, dropout_p: float) -> Tensor: ...
 
 
 @runtime_checkable
@@ -75,7 +75,9 @@ class Cache(Protocol):
     until `commit`. `commit_once` says who calls that. `crop` takes the last tokens back.
     """
 
-    seen: int | Int[Tensor, "b"]    # real tokens of each row, before this call
+    @property
+    def seen(self) -> int | Int[Tensor, "b"]:
+        "Real tokens of each row, before this call."
 
     def append(self, k: Tensor, v: Tensor, key_mask: Tensor | None = None
                ) -> tuple[Tensor, Tensor, Tensor | None]: ...

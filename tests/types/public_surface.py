@@ -1,0 +1,99 @@
+"""Every public name, as a type checker sees it: plugs fit their sockets, and calls give what they say."""
+
+import torch
+from torch import Tensor, nn
+
+import mha_book
+from mha_book import (
+    ALiBi,
+    Attend,
+    BlockPool,
+    Cache,
+    Dialect,
+    Finish,
+    HeadLayout,
+    HeadTemperature,
+    KVCache,
+    LearnedPositions,
+    MultiHeadAttention,
+    OutputGate,
+    PagedCache,
+    Position,
+    RelativeBias,
+    RoPE,
+    RoPELinearScaling,
+    RoPELlama3Scaling,
+    RoPENTKScaling,
+    RoPEYaRNScaling,
+    SinkAttention,
+)
+
+# into the sockets
+attends: list[Attend] = [
+    mha_book.fused_attend,
+    mha_book.folded_attend,
+    mha_book.attention,
+    HeadTemperature(4),
+    SinkAttention(4),
+    RelativeBias(4),
+    ALiBi(4),
+]
+scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
+positions: list[Position] = [RoPE(16), *(RoPE(16, frequencies=scaling) for scaling in scalings)]
+finishes: list[Finish] = [OutputGate(64, 4)]
+pool = BlockPool(8, 4, 4, 16)
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2)]
+
+# the layer
+layout = HeadLayout(4, 2, 16)
+layer = MultiHeadAttention(64, 4, num_kv_heads=2, finish=finishes[0], attend=attends[0], position=positions[0])
+x = torch.randn(2, 8, 64)
+q, k, v = layer.qkv(x)
+projection, rows = layer.rows("k", 1)
+weight: Tensor = projection.weight[rows]
+with mha_book.commit_once(*caches):
+    y: Tensor = layer(x, cache=caches[0])
+wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
+below, above = mha_book.nearest_head_counts(64, 3)
+merged: Tensor = mha_book.merge_heads(mha_book.split_heads(x, 4))
+head: Tensor = mha_book.AttentionHead(64, 16)(x)
+listed: Tensor = mha_book.HeadList(64, 4, 16)(x)
+
+# functions
+out: Tensor = mha_book.attention(q, k, v, window=(3, None), softcap=30.0, impl=mha_book.implementations()[0])
+maps: Tensor = mha_book.attention_weights(q, k)
+logits: Tensor = mha_book.attention_logits(q, k)
+part, lse = mha_book.attention_with_lse(q, k, v)
+whole = mha_book.merge_attention([part], [lse])
+masks: list[Tensor] = [mha_book.causal_mask(2, 3), mha_book.window_mask(2, 3, 2)]
+places: Tensor = mha_book.sinusoidal_positions(torch.arange(4), 16)
+learned = LearnedPositions(8, 64)
+charge: Tensor = mha_book.z_loss(lse)
+factors: Tensor = mha_book.qk_clip_(layer, mha_book.largest_logits(layer, x), 100.0)
+
+# weights and masks of others
+names: list[str] = list(mha_book.DIALECTS)
+state: dict[str, Tensor] = dict(layer.named_parameters())
+dialect: Dialect = mha_book.DIALECTS["stacked"]
+converted: dict[str, Tensor] = mha_book.convert_weights(state, dialect, "separate", layout)
+loaded: MultiHeadAttention = mha_book.from_state_dict(state, layout)
+theirs: nn.MultiheadAttention = mha_book.to_torch(mha_book.from_torch(nn.MultiheadAttention(64, 4)))
+fitting = mha_book.fitting_dialects(state, layout)
+guess = mha_book.guess_dialect
+mask = mha_book.convert_mask
+turned: list[MultiHeadAttention] = [
+    mha_book.repeat_kv_heads(layer, 4),
+    mha_book.mean_kv_heads(layer, 1),
+    mha_book.rotate_kv_heads(layer),
+    mha_book.align_kv_heads(layer, 1),
+]
+
+# look at it, measure it
+report = mha_book.gradient_report(layer, lambda: layer(x).sum())
+statistics = mha_book.head_statistics(q, k)
+errors = mha_book.error_report(mha_book.fused_attend, q, k, v)
+told = mha_book.explain_dispatch(q, k, v)
+device: torch.device = mha_book.pick_device("cpu")
+timings = mha_book.benchmark({"layer": lambda: layer(x)})
+held: int = mha_book.peak_bytes(lambda: layer(x))
+size: int = mha_book.cache_bytes(12, 4, 16, 1024)
