@@ -141,7 +141,9 @@ def signature(node: ast.FunctionDef, notes: dict, method: bool) -> tuple[list[Pa
         del params[0]
     column = min((arg.col_offset for arg in all_args(node)), default=0)
     end = node.returns.end_lineno if node.returns else node.lineno
-    inner = {line: note for line, note in notes.items() if line != end or node.returns is None}
+    inner = {line: note for line, note in notes.items() if line >= node.lineno}  # what is above says other things
+    if node.returns:
+        inner.pop(end, None)
     add_meanings([param for param in params if param.name], inner, column)
     return params, Param("return", node.returns, meaning=behind(notes, end, 10_000) if node.returns else "")
 

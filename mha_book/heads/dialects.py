@@ -329,7 +329,8 @@ def from_state_dict(
     layer = MultiHeadAttention(
         e, heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
         out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
-        position=position, attend=attend, finish=finish, device="meta")    # `assign` brings a device
+        position=position, attend=attend, finish=finish,
+        device="meta")    # `assign` brings a device
     weights = _write(found, _own_dialect(layer), heads)
     layer.load_state_dict(weights, strict=False, assign=True)    # plugs keep what they have
     return layer

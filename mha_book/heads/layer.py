@@ -194,7 +194,7 @@ class MultiHeadAttention(StackedProjections):
         h, g, d = self.layout
         if context is None:    # all stripes at once: a head is a slice, whosever it is
             q, k, v = split_heads(self.in_proj(x), h + 2 * g).split((h, g, g), dim=1)
-        else:                  # a shared in_proj is called for both, and gives q's, then the rest
+        else:                  # a shared in_proj is called for both
             answer = self.in_proj if self.context_proj is None else self.context_proj
             q, kv = (t.unflatten(-1, (-1, d)).transpose(1, 2)
                      for t in (self.in_proj(x), answer(context)))
@@ -203,7 +203,8 @@ class MultiHeadAttention(StackedProjections):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
             q, k = self.position(q, k, offset=offset)
-        if q.dtype != v.dtype or k.dtype != v.dtype:    # float32 tables, or a norm under autocast
+        if q.dtype != v.dtype or k.dtype != v.dtype:
+            # float32 tables, or a norm under autocast
             q, k = q.to(v.dtype), k.to(v.dtype)
         return q, k, v
 

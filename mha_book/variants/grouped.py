@@ -133,7 +133,8 @@ def rotate_kv_heads(
     def turned(part, heads):
         if of_part[part] is None:
             return heads
-        return _turn(heads, of_part[part].repeat_interleave(len(heads) // len(of_part[part]), 0))
+        turns = of_part[part]
+        return _turn(heads, turns.repeat_interleave(len(heads) // len(turns), 0))
 
     return with_heads(layer, layer.layout, turned)
 

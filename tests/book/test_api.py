@@ -55,6 +55,7 @@ def meanings(source: str) -> dict[str, str]:
             {"a": "above", "b": "behind"},
         ),
         ("def f(a: int):    # of the function\n    ...", {"a": "of the function"}),
+        ("# %% where the cell comes from\ndef f(a: int):\n    ...", {"a": ""}),
         ("def f(\n    a: int,\n) -> int:    # what comes out\n    ...", {"a": ""}),
         ("def f(\n    device=None, dtype=None,\n): ...", api_source.COMMON),
         ('def f(\n    a: str = "# no comment",\n): ...', {"a": ""}),
