@@ -19,6 +19,7 @@ from ..heads.weight_split import HeadLayout
 from ..instruments.device import synchronize
 from ..instruments.roofline import layer_work
 from ..kernels.backends import BACKENDS, attention
+from ..kernels.torch_private import has_cpp_compiler, has_triton, without_compile_caches
 from ..lab.nine_ways import NINE_WAYS, FusedFlag, TorchLayer
 from ..plugs.cache import KVCache
 
@@ -193,18 +194,12 @@ def _ways(at: Setting, train: bool) -> Contest:
 
 def no_compiler(device: torch.device) -> str:
     "Why nothing can be compiled here; empty where it can."
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch.utils._triton import has_triton
-
     try:
         if device.type == "cuda" and not has_triton():
             return "torch.compile needs Triton, and there is none"
-        if device.type == "cpu":
-            get_cpp_compiler()
+        if device.type == "cpu" and not has_cpp_compiler():
+            return "torch.compile needs a C++ compiler, and none was found (install g++)"
         _compile_now(nn.GELU(), torch.zeros(4, device=device), {})
-    except InvalidCxxCompiler:
-        return "torch.compile needs a C++ compiler, and none was found (install g++)"
     except Exception as error:  # a compiler can fail in many ways
         return f"torch.compile fails here: {' '.join(str(error).split())[:200]}"
     return ""
@@ -219,7 +214,7 @@ def _compiled(
     frozen: tuple[str, ...] = (),
 ) -> Contest:
     "Add `modules` to `calls`, compiled afresh; those in `frozen` with frozen weights."
-    torch._dynamo.reset()
+    torch.compiler.reset()
     contest = Contest(mode, dict(calls), (x,), at.work(False))
     with torch.no_grad():
         for name, module in modules.items():
@@ -232,9 +227,7 @@ def _compiled(
 
 def _compile_now(module: nn.Module, x: Tensor, options: dict) -> tuple[Callable, float]:
     "`module`, compiled for `x` without any cache on disk, and how many seconds that took."
-    from torch._inductor import config
-
-    with config.patch(force_disable_caches=True), warnings.catch_warnings():
+    with without_compile_caches(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         warnings.simplefilter("ignore", DeprecationWarning)  # of what torch's compiler itself still uses
         fast, start = torch.compile(module, options=options), time.perf_counter()

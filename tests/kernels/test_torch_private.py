@@ -1,11 +1,17 @@
 """What the book uses of torch that torch does not promise: each name is there, and says what it is asked."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mha_book.kernels import torch_private
+
+PACKAGE = Path(torch_private.__file__).parents[1]
 
 
 def test_torch_fused_sdp_choice_names_the_kernel():
@@ -111,3 +117,39 @@ def test_torch_triton_is_asked():
     "If torch.utils._triton.has_triton moves: mha-book bench compile on CUDA."
     assert torch_private.has_triton() in (True, False)
     assert torch.cuda.is_available() or not torch_private.has_triton()
+
+
+# Nothing of it is used elsewhere
+
+
+def private_uses(source: str) -> list[str]:
+    "What of torch a module uses by a private name: `torch._x`, `torch.a._b`, or an import of either."
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        found += [name for name in names if re.match(r"torch(\.\w+)*\._[a-zA-Z]", name)]
+    return found
+
+
+MODULES = [path for path in PACKAGE.rglob("*.py") if path.name not in ("torch_private.py", "_modidx.py")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_other_module_uses_what_torch_keeps_private(path):
+    assert private_uses(path.read_text(encoding="utf8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import torch._dynamo", "from torch._C import f", "from torch.utils import _triton", "x = torch.autograd._f()"],
+)
+def test_a_private_name_of_torch_is_seen(source):
+    assert private_uses(source)
+    assert not private_uses("import torch\nx = torch.__version__, torch.nn.functional.relu, own._x")
