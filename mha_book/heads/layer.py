@@ -103,8 +103,14 @@ def commit_once(
     finally:
         for cache in own:
             cache.in_hand = False
-    for cache in own:
-        cache.commit()
+    before = [cache.seen for cache in own] if len(own) > 1 else []
+    for done, cache in enumerate(own):
+        try:
+            cache.commit()
+        except Exception:    # the memory of several may be one, and full
+            for other, length in zip(own[:done], before):
+                other.crop(length)
+            raise
 
 # %% ../../nbs/03b_layer.ipynb #layer
 class MultiHeadAttention(StackedProjections):

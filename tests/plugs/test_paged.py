@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mha_book.heads.layer import Cache
+from mha_book.heads.layer import Cache, commit_once
 from mha_book.plugs.cache import KVCache
 from mha_book.plugs.paged import BlockPool, PagedCache
 from support.caches import (
@@ -290,3 +290,40 @@ def test_after_a_crop_the_cache_never_saw_the_rest(data):
     cache = PagedCache(pool, s.b)
     assert_cropped(build(ROPE()), first, then, length, cache, PagedCache(other, s.b))
     assert_no_block_is_lost(pool, cache)
+
+
+def numbers(n):
+    "Keys or values of one row, all different."
+    return torch.arange(1.0, 1 + s.g * n * s.d, **float64).view(1, s.g, n, s.d)
+
+
+def two_that_share_a_full_pool():
+    "Two caches of one pool: each finds room for what comes next, and there is none for both."
+    pool = pool_of(num_blocks=3, block_size=2)
+    caches = [PagedCache(pool, 1) for _ in range(2)]
+    for cache in caches:
+        cache.append(numbers(2), numbers(2))
+        cache.commit()
+    return pool, caches
+
+
+def test_where_the_pool_is_too_small_for_all_caches_none_keeps_anything():
+    pool, caches = two_that_share_a_full_pool()
+    before = [[t.clone() for t in cache.append(numbers(0), numbers(0))[:2]] for cache in caches]
+    with refused(ValueError, "pool full"), commit_once(*caches):
+        for cache in caches:
+            cache.append(numbers(1), numbers(1))
+    assert [cache.seen.tolist() for cache in caches] == [[2], [2]] and len(pool.free) == 1
+    assert_no_block_is_lost(pool, *caches)
+    after = [cache.append(numbers(0), numbers(0))[:2] for cache in caches]
+    assert all(map(torch.equal, sum(before, []), [t for pair in after for t in pair]))
+
+
+def test_commits_one_after_the_other_would_keep_half():
+    _, caches = two_that_share_a_full_pool()
+    for cache in caches:
+        cache.append(numbers(1), numbers(1))
+    caches[0].commit()
+    with refused(ValueError, "pool full"):
+        caches[1].commit()
+    assert [cache.seen.tolist() for cache in caches] == [[3], [2]]
