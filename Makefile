@@ -67,7 +67,7 @@ lint: $(READY) ## check the code, the notebooks' too, with ruff, and its format
 
 .PHONY: types
 types: $(READY) ## have a type checker read the public names and a script that uses them (part of make pytest)
-	@$(BIN)/basedpyright --project pyrightconfig.json --pythonpath $(BIN)/python
+	@$(BIN)/python -m basedpyright --project pyrightconfig.json --pythonpath $(BIN)/python
 
 .PHONY: pytest
 pytest: $(READY) ## run tests/

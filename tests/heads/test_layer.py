@@ -1,6 +1,7 @@
 """The layer's public ways in: where a head's rows are, q, k and v, the last socket, and who commits."""
 
 import copy
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -274,6 +275,69 @@ def test_a_block_that_fails_keeps_nothing(nested):
     assert all(cache.commits == 0 and cache.kept is None for cache in caches)
     layer(tokens(), cache=caches[1])  # a failure leaves no cache in anybody's hands
     assert caches[1].commits == 1
+
+
+RIGHT = commit_once
+
+
+@contextmanager
+def commits_in_every_block(*caches):
+    yield
+    for cache in caches:
+        cache.commit()
+
+
+@contextmanager
+def commits_after_a_failure(*caches):
+    try:
+        with RIGHT(*caches):
+            yield
+    except Exception:
+        for cache in caches:
+            cache.commit()
+        raise
+
+
+@contextmanager
+def never_lets_go(*caches):
+    with RIGHT(*caches):
+        yield
+    for cache in caches:
+        cache.in_hand = True
+
+
+@contextmanager
+def never_commits(*caches):
+    yield
+
+
+COMMITS = [commits_in_every_block, commits_after_a_failure, never_lets_go, never_commits]
+
+
+def fails(holds) -> bool:
+    "Whether a property does not hold."
+    try:
+        holds()
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("wrong", COMMITS, ids=lambda wrong: wrong.__name__)
+def test_another_way_to_commit_is_noticed(monkeypatch, wrong):
+    monkeypatch.setattr("mha_book.heads.layer.commit_once", wrong)
+    monkeypatch.setitem(globals(), "commit_once", wrong)
+    assert any(
+        map(
+            fails,
+            [
+                test_a_layer_commits_its_own_cache_once_a_call,
+                test_the_outermost_block_commits_every_cache_once,
+                partial(test_a_block_that_fails_keeps_nothing, True),
+                partial(test_a_block_that_fails_keeps_nothing, False),
+            ],
+        )
+    )
 
 
 @pytest.mark.usefixtures("own_messages")
