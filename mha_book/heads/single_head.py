@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'plain_attention_weights', 'plain_attention',
            'join_masks', 'check_inputs', 'is_whole', 'is_number', 'float32_at_least', 'check_dropout', 'check_count',
-           'check_additions', 'AttentionHead', 'run_fused', 'fused_attend']
+           'check_flag', 'check_tensor', 'check_additions', 'AttentionHead', 'run_fused', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -167,6 +167,22 @@ def check_count(name: str, value: int) -> None:
                         f"got {value!r} of type {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+# %% ../../nbs/01_single_head.ipynb #checks-kinds
+def check_flag(name: str, value: bool) -> None:
+    "Raise TypeError unless `value`, which is called `name`, is True or False."
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, "
+                        f"got {value!r} of type {type(value).__name__}")
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    "Raise TypeError unless `value`, which is called `name`, is a tensor of torch."
+    if not isinstance(value, Tensor):
+        way = ": torch.from_numpy" if type(value).__module__ == "numpy" else ""
+        raise TypeError(f"{name} must be a torch.Tensor, "
+                        f"got {type(value).__module__}.{type(value).__qualname__}{way}")
+
 
 # %% ../../nbs/01_single_head.ipynb #checks-shapes
 def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
