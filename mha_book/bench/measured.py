@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..instruments.device import band_width
+from ..instruments.device import band_width, pick_device
 
 # What a file holds
 
@@ -268,9 +268,12 @@ def write_measurement(path: Path | str, measured: dict[str, Any]) -> None:
 
 
 def provenance(
-    device: torch.device,  # what is measured
+    device: torch.device | str,  # what is measured
 ) -> dict[str, Any]:
-    "Date, device, versions, commit and load: all of a `Measurement` that no argument says."
+    """Date, device, versions, commit and load: all of a `Measurement` that no argument says.
+    Raises ValueError for a device that is not there.
+    """
+    device = pick_device(device)
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
