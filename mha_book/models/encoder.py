@@ -77,9 +77,7 @@ def read_json(
         data = json.loads(path.read_text(encoding="utf8"), object_pairs_hook=_each_name_once)
         if type(data) is not kind:
             raise ValueError(f"holds a {type(data).__name__} at the top, not a {kind.__name__}")
-    except RecursionError:
-        raise ValueError(f"{path.name}: nested too deep") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name or path}: {error}") from error
     return data
 
@@ -374,8 +372,7 @@ def load_minilm(
     Raises as `model_dir`, `EncoderConfig.from_json`, `check_pooling`, `check_digest`
     and `load_state` do, and ValueError for a device that is not there.
     """
-    if device is not None:
-        device = pick_device(device)
+    device = None if device is None else pick_device(device)
     folder = model_dir()
     config = EncoderConfig.from_json(folder / "config.json")
     check_pooling(folder)
@@ -396,8 +393,7 @@ def encode(
     """
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; put it in a list: [sentence]")
-    if device is not None:
-        device = pick_device(device)
+    device = None if device is None else pick_device(device)
     rows = tokenizer.encode_batch(sentences)
     ids, key_mask = ([getattr(row, name) for row in rows]
                      for name in ("ids", "attention_mask"))

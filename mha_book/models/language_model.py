@@ -304,8 +304,7 @@ def load_smollm2(
     Raises as `package_file`, `check_digest`, `LanguageModelConfig.from_fields` and
     `load_gguf` do, and ValueError for a device that is not there.
     """
-    if device is not None:
-        device = pick_device(device)
+    device = None if device is None else pick_device(device)
     path = package_file(*SMOLLM2)
     check_digest(path, SMOLLM2_SHA256)
     fields, tensors = read_gguf(path)
