@@ -29,8 +29,9 @@ OUTPUTS = 1, 2  # the program's own
 
 def check_writable(path: Path | str) -> Path:  # where the text is to stand, links followed
     "The file that `path` leads to. ValueError says why nothing can be written there; nothing is touched."
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     try:
+        target = Path(os.path.realpath(path))
         reason = _why_not(Path(path), target)
     except (OSError, ValueError) as error:  # a loop of links, too long a name
         reason = getattr(error, "strerror", None) or str(error)
