@@ -83,6 +83,6 @@ def announce(origin: dict, dtype: str, machine: Machine) -> None:
     say(
         f"{origin['device']['name']}, {dtype}, torch {torch.__version__}; "
         f"measured: {machine.flops / 1e9:,.0f} GFLOP/s in products, "
-        f"{machine.bandwidth / 1e9:,.0f} GB/s"
+        f"{machine.bandwidth / 1e9:,.0f} GB/s\n"
+        "ratio: time over the first row's, with the middle half of the rounds; = is no difference"
     )
-    say("ratio: time over the first row's, with the middle half of the rounds; = is no difference")

@@ -99,16 +99,15 @@ def is_watched() -> bool:
     return sys.stderr is not None and not getattr(sys.stderr, "closed", False) and sys.stderr.isatty()
 
 
-def say(text: str, flush: bool = False) -> None:
-    "Print a result. Raises OSError where it cannot be delivered."
-    if not getattr(sys.stdout, "closed", False):
-        print(text, flush=flush)
-
-
-def _flush() -> None:
-    "Deliver what was printed, while an error can still be told."
-    if sys.stdout is not None and not getattr(sys.stdout, "closed", False):
-        sys.stdout.flush()
+def say(text: str, end: str = "\n", flush: bool = False) -> None:
+    "Print a result. Raises OSError where it cannot be delivered; then nothing more is."
+    if getattr(sys.stdout, "closed", False):
+        return
+    try:
+        print(text + end, end="", flush=flush)  # at once: who has read the first line may leave
+    except OSError:
+        _give_up(sys.stdout)
+        raise
 
 
 def _give_up(stream: object) -> None:
@@ -130,12 +129,8 @@ def to_the_end(command: Callable[[], int]) -> int:  # an exit code
         try:
             try:
                 return command()
-            finally:
-                _flush()  # of --help and --version too
+            finally:  # --help and --version, too, are to be read by somebody
+                say("", end="", flush=True)
         except (KeyboardInterrupt, OSError) as stop:
-            try:
-                _flush()
-            except (OSError, ValueError):
-                _give_up(sys.stdout)
             warn("\n" * is_watched() + f"mha-book: {reason(stop)}")
             return exit_code(stop)
