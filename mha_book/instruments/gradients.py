@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, join_masks
-from ..heads.weight_split import StackedProjections, not_plain
+from ..heads.weight_split import StackedProjections, no_rows
 from ..kernels.torch_private import is_custom_backward, is_view, own_buffers
 
 # %% ../../nbs/05_gradients.ipynb #node
@@ -91,6 +91,7 @@ class GradientReport:
 
     heads: tuple[Gradient, ...]        # one per layer, part and head
     parameters: tuple[Gradient, ...]   # one per parameter
+    without: tuple[tuple[str, str], ...] = ()   # layers whose heads have no rows, and why
 
     @property
     def silent(self) -> tuple[Gradient, ...]:
@@ -107,7 +108,8 @@ class GradientReport:
         width = max(len(row.name) for row in self.parameters)
         lines = [f"  {row.name:{width}}{_cell(row.norm)}" for row in self.parameters]
         return "\n".join([*_head_lines(self.heads), "parameter", *lines,
-                          *_reason_lines(self.silent + self.not_finite)])
+                          *_reason_lines(self.silent + self.not_finite),
+                          *(f"{name or 'the layer'}: {fault}" for name, fault in self.without)])
 
 # %% ../../nbs/05_gradients.ipynb #report-cell
 def _cell(norm: float | None) -> str:
@@ -138,7 +140,8 @@ def _reason_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
 # %% ../../nbs/05_gradients.ipynb #pieces
 def _pieces(layer: StackedProjections, part: str, head: int) -> list[tuple[Tensor, object]]:
     "The parameters that hold one head's part, each with the place of it there."
-    proj, rows = layer.rows(part, head)
+    name, rows = layer.place(part, head)
+    proj = layer.get_submodule(name)
     if part == "o":
         return [(proj.weight, (slice(None), rows))]
     return [(p, rows) for p in (proj.weight, proj.bias) if p is not None]
@@ -400,13 +403,16 @@ def gradient_report(
     Parameters, `.grad`, buffers, hooks and torch's random state stay as they were; hooks on
     gradients run, also with made-up gradients, and `loss` must not go backward itself.
     A way that leaves torch, by `.numpy()` or `.item()`, is not followed. Layers whose
-    weights are computed from others (adapters, weight norm) have no rows for heads.
+    weights are computed from others (adapters, weight norm) have no rows for heads, and
+    stand in `.without` with the reason.
     Raises TypeError where `loss` is or gives no tensor,
     ValueError where that is no scalar, `module` has no parameters,
     or the way back leads through a reentrant checkpoint.
     """
-    layers = {name: layer for name, layer in module.named_modules()
-              if isinstance(layer, StackedProjections) and not not_plain(layer)}
+    every = {name: layer for name, layer in module.named_modules()
+             if isinstance(layer, StackedProjections)}
+    without = {name: fault for name, layer in every.items() if (fault := no_rows(layer))}
+    layers = {name: every[name] for name in every if name not in without}
     with _as_it_was(module):
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
         _check_report(module, watched[0])
@@ -417,7 +423,7 @@ def gradient_report(
                  for p, _ in _pieces(layer, part, 0)}
         parameters = [inquiry.row(name, [(p, ...)], **owner.get(p, {}))
                       for name, p in module.named_parameters()]
-    return GradientReport(tuple(heads), tuple(parameters))
+    return GradientReport(tuple(heads), tuple(parameters), tuple(without.items()))
 
 # %% ../../nbs/05_gradients.ipynb #check-module
 def _check_report(module: nn.Module, value: Tensor) -> None:

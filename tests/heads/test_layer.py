@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from mha_book.heads.layer import MultiHeadAttention, commit_once
+from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
+from mha_book.plugs.cache import KVCache
 from support.mutants import LAYER
 from support.padded_cache import PaddedCache
 from support.refusals import refused
@@ -95,7 +97,31 @@ def quantized(proj):
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(proj.float()), {nn.Linear}, torch.qint8)[0]
 
 
+def hooked(kind):
+    "A projection with a hook that doubles what it takes or gives."
+
+    def hook(proj):
+        def double(module, args, *out):
+            return (out[0] if out else args[0]) * 2
+
+        getattr(proj, f"register_{kind}")(double)
+        return proj
+
+    return hook
+
+
+def called_otherwise(proj):
+    "As libraries that bring offloaded weights do: the instance's own forward is exchanged."
+    old = proj.forward
+    proj.forward = lambda x: old(x) * 2
+    return proj
+
+
 NOT_PLAIN = {
+    "a forward hook": hooked("forward_hook"),
+    "a pre-hook": hooked("forward_pre_hook"),
+    "another forward": called_otherwise,
+    "rows cut otherwise": lambda proj: nn.Linear(proj.in_features - 1, proj.out_features - 1, **float64),
     "a low-rank adapter": LowRank,
     "a forward of its own": doubling,
     "weight_norm": parametrizations.weight_norm,
@@ -112,7 +138,7 @@ def test_rows_of_what_is_no_plain_matrix_are_refused_by_name(kind, name):
     layer = build(context_dim=OTHER)
     setattr(layer, name, NOT_PLAIN[kind](getattr(layer, name)))
     for part in layer.parts()[name]:
-        with refused(TypeError, name, "take off"):
+        with refused(TypeError, name):
             layer.rows(part, 1)
     others = set("qkvo") - set(layer.parts()[name])
     assert all(layer.rows(part, 1) for part in others)  # those of the other projections are still their own
@@ -188,6 +214,125 @@ def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind):
     WRAPPED[kind](layer)
     close(layer(x), layer(x, x))
     assert (kind in ("as it is", "weight_norm")) == torch.allclose(layer(x), plain)  # the wrapper was there
+
+
+# Values of a width of their own
+
+
+def three_tensors(layer):
+    "Weights as h d e and biases as h d, of q, k and v, by counting rows from above."
+    own = [p for p in (layer.in_proj, layer.context_proj) if p is not None]
+    (h, g, d), dv = layer.layout, layer.layout.value_dim
+    heads = [("q", h, d), ("k", g, d), ("v", g, dv)]
+    pieces = {}
+    for kind in ("weight", "bias"):
+        left = [getattr(p, kind) for p in own]
+        for part, count, width in heads:
+            left = [rows for rows in left if len(rows)]
+            pieces[part, kind] = left[0][: count * width].unflatten(0, (count, width))
+            left[0] = left[0][count * width :]
+        assert not any(map(len, left))
+    return pieces
+
+
+def by_einsum(layer, x, keys, values, is_causal=False):
+    "Attention as Keras writes it, with key_dim and value_dim apart: one einsum a step, in float64."
+    weights, (h, g, _) = three_tensors(layer), layer.layout
+
+    def project(part, t):
+        return torch.einsum("bne,hde->bhnd", t, weights[part, "weight"]) + weights[part, "bias"][:, None]
+
+    q, k, v = project("q", x), project("k", keys), project("v", values)
+    k, v = (t.repeat_interleave(h // g, 1) for t in (k, v))
+    logits = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    if is_causal:
+        n, m = logits.shape[-2:]
+        logits = logits.masked_fill(torch.ones(n, m).tril(m - n) == 0, -torch.inf)
+    mixed = torch.einsum("bhnm,bhmv->bnhv", logits.softmax(-1), v)
+    out = layer.out_proj.weight.unflatten(1, (h, -1))
+    return torch.einsum("bnhv,ohv->bno", mixed, out) + layer.out_proj.bias
+
+
+@pytest.mark.parametrize("d, dv", [(s.d, 5), (s.d, 13), (192, 128)])
+@pytest.mark.parametrize("g", [s.h, s.g, 1])
+@pytest.mark.parametrize("width", [None, s.e, OTHER])
+def test_values_of_a_width_of_their_own_are_the_definition(d, dv, g, width):
+    own = width if width == OTHER else None
+    layer, x = build(num_kv_heads=g, head_dim=d, value_dim=dv, context_dim=own), tokens()
+    assert layer.layout.sizes == (s.h * d, g * d, g * dv) and layer.out_proj.in_features == s.h * dv
+    context = None if width is None else tokens(s.m, width)
+    answers = x if width is None else context
+    q, k, v = layer.qkv(x, context)
+    assert q.shape[-1] == k.shape[-1] == d and v.shape == (s.b, g, answers.shape[1], dv)
+    wanted = by_einsum(layer, x, answers, answers)
+    got = layer(x, context)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    parameters = [*layer.parameters()]
+    upstream = torch.randn_like(got)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, parameters, upstream), torch.autograd.grad(wanted, parameters, upstream)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_values_of_a_width_of_their_own_pass_through_a_cache():
+    layer, x, cache = build(value_dim=5), tokens(), KVCache(s.b, s.g, s.n, s.d, value_dim=5, **float64)
+    steps = [layer(piece, is_causal=True, cache=cache) for piece in x.split((2, 1, s.n - 3), dim=1)]
+    close(torch.cat(steps, 1), by_einsum(layer, x, x, x, is_causal=True))
+    weights = layer.attention_map(x, is_causal=True)
+    v = layer.qkv(x)[2].repeat_interleave(s.h // s.g, 1)
+    close(layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), layer(x, is_causal=True))
+
+
+def test_every_row_belongs_to_one_head_where_values_have_their_own_width():
+    for context_dim in None, OTHER:
+        layer = build(value_dim=5, context_dim=context_dim)
+        counted = {name: torch.zeros(getattr(layer, name).weight.shape[name == "out_proj"]) for name in layer.parts()}
+        for part, head in EVERY_HEAD:
+            proj, rows = layer.rows(part, head)
+            name = next(name for name in counted if proj is getattr(layer, name))
+            counted[name][rows] += 1
+            if part == "v":
+                first = proj.weight[rows][0]
+                assert torch.equal(first, three_tensors(layer)["v", "weight"][head][0])
+        assert all((count == 1).all() for count in counted.values())
+
+
+def test_the_width_of_values_is_saved_and_compared():
+    plain, other = build(), build(value_dim=5)
+    assert plain.get_extra_state().tolist() == [s.h, s.g, s.d] == build(value_dim=s.d).get_extra_state().tolist()
+    assert other.get_extra_state().tolist() == [s.h, s.g, s.d, 5]
+    assert HeadLayout(s.h, s.g, s.d) == HeadLayout(s.h, s.g, s.d, s.d) and [*other.layout] == [s.h, s.g, s.d]
+    again = build(value_dim=5)
+    again.load_state_dict(other.state_dict())
+    assert torch.equal(again(tokens().zero_()), other(tokens().zero_()))
+    before = other.in_proj.weight.clone()
+    for layer, state in ((plain, other.state_dict()), (other, plain.state_dict())):
+        with refused(RuntimeError, f"[{s.h}, {s.g}, {s.d}]", f"[{s.h}, {s.g}, {s.d}, 5]", "value_dim"):
+            layer.load_state_dict(state)
+    assert torch.equal(other.in_proj.weight, before)
+    assert "value_dim=5" in repr(other) and "value_dim" not in repr(plain)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("saved", [None, [6, 3, 8], "6 3 8"], ids=str)
+def test_head_counts_that_are_no_tensor_are_refused_in_words(saved):
+    layer = build()
+    before = layer.in_proj.weight.clone()
+    with refused(TypeError, "saved head counts", "torch.Tensor"):
+        layer.load_state_dict(build().state_dict() | {"_extra_state": saved})
+    with refused(TypeError, "meta"):
+        layer.set_extra_state(layer.get_extra_state().to("meta"))
+    assert torch.equal(layer.in_proj.weight, before)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_widths_of_values_that_are_no_counts_are_refused():
+    for wrong, error in ((0, ValueError), (2.0, TypeError), (True, TypeError), ("5", TypeError)):
+        with refused(error, "value_dim"):
+            HeadLayout(6, 3, 8, wrong)
+        with refused(error, "value_dim"):
+            MultiHeadAttention(s.e, s.h, head_dim=s.d, value_dim=wrong)
 
 
 # Torch's name for a mask of the opposite meaning
