@@ -19,11 +19,20 @@ from mha_book.heads.single_head import (
     check_additions,
     check_count,
     check_dropout,
+    check_flag,
+    check_tensor,
     fused_attend,
     join_masks,
     repeat_groups,
 )
-from .weight_split import HeadLayout, StackedProjections, merge_heads, split_heads
+from mha_book.heads.weight_split import (
+    HeadLayout,
+    StackedProjections,
+    check_projectable,
+    cut_heads,
+    merge_heads,
+    project_heads,
+)
 
 # %% ../../nbs/03b_layer.ipynb #sockets
 class AttendOptions(TypedDict, total=False):
@@ -117,9 +126,11 @@ class MultiHeadAttention(StackedProjections):
     """Multi-head attention whose heads are slices of one matrix,
     with sockets for positions, for the attention itself, and for its outputs.
 
-    `x` (b n e) and `context` (b m c) give outputs (b n out_dim).
-    `in_proj` holds (h + 2g)·d rows: q's, then k's, then v's;
-    with `context_dim` it holds q's only, and `context_proj` k's, then v's.
+    `x` (b n e) and `context` (b m c) give outputs (b n out_dim); `value` (b m c) is another
+    input for the values.
+    `in_proj` holds h·d + g·d + g·dv rows: q's, then k's, then v's; with `context_dim` it holds
+    q's only, and `context_proj` k's, then v's. Its columns cannot be shared between devices
+    as those of one matrix: cut it between heads, part by part.
     `position(q, k, *, offset) -> (q, k)` runs after the split;
     `attend(q, k, v, *, mask, bias, is_causal, dropout_p)` mixes the values;
     `finish(heads, x) -> heads` runs before `out_proj`. Projections are called, never read.
@@ -149,7 +160,7 @@ class MultiHeadAttention(StackedProjections):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         plugs = dict(qk_norm=qk_norm, position=position, attend=attend, finish=finish)
-        _check_options(embed_dim, num_heads, out_dim, context_dim, dropout, plugs)
+        _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs, dtype)
         head_dim = width_of_a_head(embed_dim, num_heads) if head_dim is None else head_dim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         layout = HeadLayout(num_heads, num_kv_heads, head_dim, value_dim)
@@ -165,6 +176,8 @@ class MultiHeadAttention(StackedProjections):
         x: Float[Tensor, "b n e"],                 # tokens that ask
         context: Float[Tensor, "b m c"] | None = None,  # those that answer; `x` unless told
         *,
+        # what values are made of, one for each key; the keys' own input unless told
+        value: Float[Tensor, "b m c"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,   # True = may look; broadcasts to b h n m
         # True = a real token: b m; with a cache b n, the new ones
         key_mask: Bool[Tensor, "b _"] | None = None,
@@ -177,10 +190,10 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for what does not fit; then no cache has changed.
         """
-        _check_call(x, context, key_mask, cache, key_padding_mask)
+        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
         with nullcontext() if cache is None else commit_once(cache):
-            q, k, v, mask = self._see(x, context, mask, key_mask, cache)
+            q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
             heads = merge_heads(heads)
@@ -191,17 +204,18 @@ class MultiHeadAttention(StackedProjections):
         x: Float[Tensor, "b n e"],                      # tokens that ask
         context: Float[Tensor, "b m c"] | None = None,  # those that answer; `x` unless told
         *,
+        value: Float[Tensor, "b m c"] | None = None,    # what values are made of, as keys
         offset: int | Int[Tensor, "b"] = 0,             # real tokens before these
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m dv"]]:
         """Queries, keys and values, one matrix per head, after `qk_norm` and `position`.
 
         Raises TypeError or ValueError for tokens that do not fit the projections.
         """
-        _check_tokens(self, x, context)
-        if context is None:
-            q, k, v = _cut(self, "in_proj", self.in_proj(x))
+        _check_tokens(self, x, context, value)
+        if context is None and value is None:
+            q, k, v = cut_heads(self, "in_proj", self.in_proj(x))
         else:
-            q, k, v = _project(self, x, context, context)
+            q, k, v = project_heads(self, x, context, value)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
@@ -214,6 +228,7 @@ class MultiHeadAttention(StackedProjections):
     def attention_map(
         # all inputs as in `forward`; the cache is read, and left as it is
         self, x: Float[Tensor, "b n e"], context: Float[Tensor, "b m c"] | None = None, *,
+        value: Float[Tensor, "b m c"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
         key_mask: Bool[Tensor, "b _"] | None = None,
         bias: Float[Tensor, "..."] | None = None, is_causal: bool = False,
@@ -223,58 +238,25 @@ class MultiHeadAttention(StackedProjections):
 
         Raises ValueError where the plug is not linear in its values.
         """
-        _check_call(x, context, key_mask, cache, key_padding_mask)
-        q, k, v, mask = self._see(x, context, mask, key_mask, cache)
+        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=0.0)
         eye = torch.eye(k.shape[2], dtype=v.dtype, device=v.device)
         weights = self.attend(q, k, eye.expand(*v.shape[:2], -1, -1), **options)
         _check_linear(weights, v, self.attend(q, k, v, **options))
         return weights
 
-    def _see(self, x, context, mask, key_mask, cache):
+    def _see(self, x, context, value, mask, key_mask, cache):
         "Queries, all keys and values that they may look at, and all masks as one."
         if cache is None:
-            q, k, v = self.qkv(x, context)
+            q, k, v = self.qkv(x, context, value=value)
             visible = None if key_mask is None else key_mask[:, None, None]
         else:
-            q, k, v = self.qkv(x, context, offset=_offset(key_mask, cache))
+            q, k, v = self.qkv(x, context, value=value, offset=_offset(key_mask, cache))
             k, v, visible = cache.append(k, v, *() if key_mask is None else (key_mask,))
         if mask is not None and visible is not None:
             check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
         return q, k, v, join_masks(mask, visible)
-
-# %% ../../nbs/03b_layer.ipynb #project
-def _cut(layer: StackedProjections, name: str, y: Tensor) -> tuple[Tensor, ...]:
-    "What a projection gives, as the heads of its parts, b heads n width: views."
-    h, g, d = layer.layout
-    counts = (h, g, g) if layer.context_proj is None else (h,) if name == "in_proj" else (g, g)
-    try:
-        if layer.layout.value_dim == d or len(counts) == 1:
-            # all stripes at once: a head is a slice, whosever it is
-            heads = torch.unflatten(y, -1, (sum(counts), d)).transpose(1, 2)
-            return heads.split_with_sizes(counts, 1)
-        widths = (d, d, layer.layout.value_dim)[-len(counts):]
-        parts = y.split_with_sizes([c * width for c, width in zip(counts, widths)], -1)
-        return tuple(torch.unflatten(part, -1, (c, width)).transpose(1, 2)
-                     for part, c, width in zip(parts, counts, widths))
-    except RuntimeError:
-        raise ValueError(f"{name} gives {y.shape[-1]} numbers a token, which are not the heads "
-                         f"of {layer.layout}: a matrix that is shared between devices is cut "
-                         f"between heads, part by part") from None
-
-
-def _project(layer: StackedProjections, x: Tensor, keys: Tensor, values: Tensor) -> tuple:
-    "Queries of `x`, keys of `keys`, values of `values`: each input is projected once."
-    inputs, found = dict(q=x, k=keys, v=values), {}
-    for name in ("in_proj",) if layer.context_proj is None else ("in_proj", "context_proj"):
-        parts = layer.parts()[name]
-        for part in parts:
-            if part not in found:
-                heads = _cut(layer, name, getattr(layer, name)(inputs[part]))
-                found |= {other: t for other, t in zip(parts, heads)
-                          if inputs[other] is inputs[part]}
-    return found["q"], found["k"], found["v"]
-
 
 # %% ../../nbs/03b_layer.ipynb #layer-offset
 def _offset(key_mask: Tensor | None, cache: Cache) -> int | Tensor:
@@ -328,14 +310,18 @@ def width_of_a_head(embed_dim: int, num_heads: int) -> int:
         f"(3) padding with zeros: embed_dim={padded}, or unused heads by pad_heads")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks
-def _check_options(embed_dim, num_heads, out_dim, context_dim, dropout, plugs) -> None:
+def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs,
+                   dtype) -> None:
     "The constructor's arguments, before anything is built."
     sizes = dict(embed_dim=embed_dim, num_heads=num_heads,
                  out_dim=out_dim, context_dim=context_dim)
     for name, value in sizes.items():
         if value is not None or name in ("embed_dim", "num_heads"):
             check_count(name, value)
+    check_flag("bias", bias)
     check_dropout(dropout)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be one of torch's for real numbers, got {dtype!r}")
     for name, plug in plugs.items():
         if plug is not None and not callable(plug):
             raise TypeError(f"{name} must be callable or None, got {plug!r}")
@@ -348,59 +334,49 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, dropout, plugs) -
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-call
-def _check_call(x: Tensor, context: Tensor | None, key_mask: Tensor | None,
+def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
+                key_mask: Tensor | None, bias: Tensor | None, is_causal: bool,
                 cache: Cache | None, key_padding_mask: None) -> None:
     "What `forward` is given beside tokens, before anything is computed."
+    check_flag("is_causal", is_causal)
+    if mask is not None:
+        check_tensor("mask", mask)
+    if bias is not None:
+        check_tensor("bias", bias)
     if key_padding_mask is not None:
         raise TypeError("key_padding_mask is torch's name, and there True = padding; here it "
                         "is key_mask, and True = a real token: key_mask=~key_padding_mask")
     if key_mask is not None:
+        check_tensor("x", x) if context is None else check_tensor("context", context)
         check_key_mask(key_mask, x if context is None else context)
     if context is not None and cache is not None:
         raise ValueError("cache keeps the keys of x; with context, call without a cache")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
-def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None) -> None:
+def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
+                  value: Tensor | None) -> None:
     "All tokens of a call, and that keys have something to be made of."
-    _check_input("x", x, layer.in_proj)
+    check_projectable("x", x, "in_proj", layer.in_proj)
+    if context is None and layer.context_proj is not None:
+        width = getattr(layer.context_proj, "in_features", "its own")
+        raise ValueError(f"keys need a context of width {width}: pass context=")
+    answer = "in_proj" if layer.context_proj is None else "context_proj"
     if context is not None:
-        _check_input("context", context, layer.context_proj or layer.in_proj)
+        check_projectable("context", context, answer, getattr(layer, answer))
         if len(x) != len(context):
             raise ValueError(f"batch differs: query {len(x)}, "
                              f"key {len(context)} (x, context)")
-    elif layer.context_proj is not None:
-        width = getattr(layer.context_proj, "in_features", "its own")
-        raise ValueError(f"keys need a context of width {width}: pass context=")
+    if value is not None:
+        check_projectable("value", value, answer, getattr(layer, answer))
+        needed = (x if context is None else context).shape[:2]
+        if value.shape[:2] != needed:
+            raise ValueError(f"value has shape {tuple(value.shape)}; needed: one for each "
+                             f"key, (batch, length) = {tuple(needed)}")
 
-
-def _check_input(name: str, tokens: Tensor, proj: nn.Module) -> None:
-    "Shape, and where the projection is a matrix that is there, dtype and device."
-    shape, weight = tokens.shape, proj._parameters.get("weight")
-    width = getattr(proj, "in_features", shape[-1])
-    if len(shape) != 3 or shape[2] != width:
-        raise ValueError(f"{name} has shape {tuple(shape)}; "
-                         f"needed: (batch, length, {width})")
-    if not tokens.is_floating_point():
-        raise TypeError(f"{name} has dtype {tokens.dtype}; needed: embeddings"
-                        f"{'' if weight is None else f' in {weight.dtype}'}")
-    # behind a hook that brings another weight, who knows what the projection takes
-    if weight is not None and not proj._forward_pre_hooks:
-        if tokens.dtype != weight.dtype or tokens.device != weight.device:
-            _refuse_input(name, tokens, weight)
-
-
-def _refuse_input(name: str, tokens: Tensor, weight: Tensor) -> None:
-    "Raise for tokens on another device, or of another dtype but under autocast."
-    if tokens.device != weight.device:
-        raise ValueError(f"device differs: {name} {tokens.device}, weights "
-                         f"{weight.device}; move with {name}.to({str(weight.device)!r})")
-    if weight.is_floating_point() and not torch.is_autocast_enabled(tokens.device.type):
-        raise TypeError(f"dtype differs: {name} {tokens.dtype}, weights {weight.dtype}; "
-                        f"convert with {name}.to({weight.dtype}) "
-                        f"or layer.to({tokens.dtype}), or run under torch.autocast")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-key-mask
 def check_key_mask(key_mask: Tensor, tokens: Tensor) -> None:
+    check_tensor("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask has dtype {key_mask.dtype}; "
                         f"it must be torch.bool, True = a real token")

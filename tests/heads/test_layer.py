@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from mha_book.heads.dialects import from_torch
 from mha_book.heads.layer import MultiHeadAttention, commit_once
 from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
@@ -333,6 +334,135 @@ def test_widths_of_values_that_are_no_counts_are_refused():
             HeadLayout(6, 3, 8, wrong)
         with refused(error, "value_dim"):
             MultiHeadAttention(s.e, s.h, head_dim=s.d, value_dim=wrong)
+
+
+# Three inputs
+
+
+@pytest.mark.parametrize("dv", [s.d, 5])
+@pytest.mark.parametrize("width", [None, s.e, OTHER])
+def test_values_of_an_input_of_their_own_are_the_definition(width, dv):
+    own = width if width == OTHER else None
+    layer, x = build(context_dim=own, value_dim=dv), tokens()
+    context = None if width is None else tokens(s.m, width)
+    keys = x if width is None else context
+    value = torch.randn_like(keys)
+    got, wanted = layer(x, context, value=value), by_einsum(layer, x, keys, value)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(got, layer(x, context))
+    parameters, upstream = [*layer.parameters()], torch.randn_like(got)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, parameters, upstream), torch.autograd.grad(wanted, parameters, upstream)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    weights, v = layer.attention_map(x, context, value=value), layer.qkv(x, context, value=value)[2]
+    mixed = weights @ v.repeat_interleave(s.h // s.g, 1)
+    close(layer.out_proj(mixed.transpose(1, 2).flatten(2)), got)
+    close(layer(x, context, value=keys), layer(x, context))  # one input, told twice
+
+
+@pytest.mark.parametrize("width", [None, OTHER])
+def test_three_inputs_are_those_of_torchs_layer(width):
+    theirs = nn.MultiheadAttention(48, s.h, kdim=width, vdim=width, batch_first=True, dtype=torch.float64)
+    q, k, v = (tokens(n, width) for n, width in ((s.n, 48), (s.m, width or 48), (s.m, width or 48)))
+    real = torch.arange(s.m) < torch.tensor([[s.m], [s.m - 3]])
+    wanted, weights = theirs(q, k, v, key_padding_mask=~real, average_attn_weights=False)
+    close(from_torch(theirs)(q, k, value=v, key_mask=real), wanted)
+    close(from_torch(theirs).attention_map(q, k, value=v, key_mask=real), weights)
+
+
+def test_values_of_their_own_pass_through_a_cache():
+    layer, x, value = build(), tokens(), tokens()
+    cache = KVCache(s.b, s.g, s.n, s.d, **float64)
+    pieces = zip(x.split((2, 1, s.n - 3), 1), value.split((2, 1, s.n - 3), 1))
+    steps = [layer(x, value=value, is_causal=True, cache=cache) for x, value in pieces]
+    close(torch.cat(steps, 1), layer(x, value=value, is_causal=True))
+
+
+def test_each_input_goes_through_the_projection_once():
+    layer, x, context, value, calls = build(), tokens(), tokens(s.m), tokens(s.m), []
+    layer.in_proj.register_forward_hook(lambda proj, args, y: calls.append(args[0]))
+    for args, options, wanted in (
+        ((x,), {}, [x]),
+        ((x, x), {}, [x]),
+        ((x, context), {}, [x, context]),
+        ((x, context), dict(value=value), [x, context, value]),
+        ((x, context), dict(value=context), [x, context]),
+        ((x, x), dict(value=x), [x]),
+    ):
+        calls.clear()
+        layer(*args, **options)
+        assert len(calls) == len(wanted) and all(a is b for a, b in zip(calls, wanted))
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_values_that_do_not_fit_the_keys_are_refused():
+    layer, x, context = build(), tokens(), tokens(s.m)
+    for value, error, words in (
+        (tokens(s.n), ValueError, ["value has shape", "one for each key", f"({s.b}, {s.m})"]),
+        (tokens(s.m)[:1], ValueError, ["value has shape", f"({s.b}, {s.m})"]),
+        (tokens(s.m, OTHER), ValueError, ["value has shape", f"{s.e}"]),
+        (tokens(s.m).float(), TypeError, ["value torch.float32", "value.to(torch.float64)"]),
+        (tokens(s.m).numpy(), TypeError, ["value must be a torch.Tensor", "from_numpy"]),
+    ):
+        with refused(error, *words):
+            layer(x, context, value=value)
+    with refused(ValueError, "keys need a context"):
+        build(context_dim=OTHER)(x, value=tokens(s.n, OTHER))
+
+
+# Arguments of another kind
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("name", ["x", "context", "value", "mask", "key_mask", "bias"])
+@pytest.mark.parametrize("other", ["numpy", "list", "str"])
+def test_what_is_no_tensor_is_refused_before_anything_is_computed(name, other):
+    calls = []
+    layer = build(attend=lambda q, k, v, **options: v[..., :1, :].expand(q.shape[0], s.h, q.shape[2], -1))
+    layer.in_proj.register_forward_hook(lambda *args: calls.append(1))
+    arguments = dict(x=tokens(), context=tokens(s.m), value=tokens(s.m))
+    arguments |= dict(mask=torch.ones(s.n, s.m) > 0, key_mask=torch.ones(s.b, s.m) > 0, bias=torch.randn(s.n, s.m))
+    wrong = dict(numpy=lambda t: t.numpy(), list=lambda t: t.tolist(), str=str)[other](arguments[name])
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, f"{name} must be a torch.Tensor"):
+            call(**arguments | {name: wrong})
+    cache = Counting(s.b)
+    if name != "context":
+        own = dict(x=tokens()) | {name: wrong}
+        with refused(TypeError, f"{name} must be a torch.Tensor"):
+            layer(**own, cache=cache)
+    assert not calls and cache.commits == 0 and cache.kept is None
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", ["no", 1, 0, None, torch.tensor(True)], ids=str)
+def test_causality_by_another_word_is_refused_before_anything_is_computed(wrong):
+    calls, cache = [], Counting(s.b)
+    layer = build(attend=lambda q, k, v, **options: q)
+    layer.in_proj.register_forward_hook(lambda *args: calls.append(1))
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, "is_causal must be True or False"):
+            call(tokens(), is_causal=wrong, cache=cache)
+    assert not calls and cache.commits == 0 and cache.kept is None
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_constructor_arguments_of_another_kind_are_refused():
+    for options, word in (
+        (dict(bias="no"), "bias must be True or False"),
+        (dict(bias=1), "bias must be True or False"),
+        (dict(dtype=torch.int64), "dtype"),
+        (dict(dtype=torch.complex64), "dtype"),
+        (dict(dtype="float64"), "dtype"),
+        (dict(out_dim=3.0), "out_dim"),
+        (dict(context_dim=True), "context_dim"),
+    ):
+        with refused(TypeError, word):
+            MultiHeadAttention(48, 6, **options)
+    for wrong in (torch.zeros(s.b, s.n, s.e, dtype=torch.complex128), torch.zeros(s.b, s.n, s.e, dtype=torch.int32)):
+        with refused(TypeError, "x has dtype", "embeddings"):
+            build()(wrong)
 
 
 # Torch's name for a mask of the opposite meaning
