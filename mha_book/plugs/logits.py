@@ -76,8 +76,13 @@ class HeadTemperature(nn.Module):
         super().__init__()
         check_count("num_heads", num_heads)
         self.log_temperature = nn.Parameter(
-            torch.zeros(num_heads, device=device, dtype=dtype))
+            torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "All temperatures are 1."
+        nn.init.zeros_(self.log_temperature)
 
     def forward(
         self,
@@ -112,8 +117,13 @@ class SinkAttention(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
-        self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+        self.sinks = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "All sinks are 0."
+        nn.init.zeros_(self.sinks)
 
     def forward(
         self,
