@@ -384,9 +384,11 @@ def cut_heads(layer: StackedProjections, name: str, y: Tensor) -> tuple[Tensor, 
         return tuple(torch.unflatten(part, -1, (c, width)).transpose(1, 2)
                      for part, c, width in zip(parts, counts, widths))
     except RuntimeError:
-        raise ValueError(f"{name} gives {y.shape[-1]} numbers a token, which are not the heads "
-                         f"of {layer.layout}: a matrix that is shared between devices is cut "
-                         f"between heads, part by part") from None
+        raise ValueError(
+            f"{name} gives {y.shape[-1]} numbers a token, which are not the heads of "
+            f"{layer.layout}: a stacked matrix cannot be cut between devices as one; cut each "
+            f"part of separate_projections(layer) between heads, and set layer.layout to the "
+            f"heads that are left on a device") from None
 
 
 def project_heads(layer: StackedProjections, x: Tensor, context: Tensor | None,
