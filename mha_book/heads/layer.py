@@ -19,6 +19,7 @@ from mha_book.heads.single_head import (
     check_additions,
     check_count,
     check_dropout,
+    derived_once,
     fused_attend,
     join_masks,
     repeat_groups,
@@ -182,7 +183,7 @@ class MultiHeadAttention(StackedProjections):
             q, k, v, mask = self._see(x, context, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
-            heads = merge_heads(heads)
+            heads = merge_heads(derived_once(heads) if x.requires_grad else heads)
             return self.out_proj(heads if self.finish is None else self.finish(heads, x))
 
     def qkv(
