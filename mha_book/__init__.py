@@ -45,7 +45,7 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
-from .plugs.rope import RoPE
+from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
     RoPELlama3Scaling,
@@ -69,7 +69,7 @@ __all__ = [
     "HeadTemperature", "SinkAttention",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
-    "RoPELlama3Scaling",
+    "RoPELlama3Scaling", "rotate_by_tables",
     # Into `finish`
     "Finish", "OutputGate",
     # Into `cache`

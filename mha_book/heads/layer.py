@@ -19,6 +19,7 @@ from mha_book.heads.single_head import (
     check_additions,
     check_count,
     check_dropout,
+    check_offset,
     fused_attend,
     join_masks,
     repeat_groups,
@@ -197,6 +198,8 @@ class MultiHeadAttention(StackedProjections):
         Raises TypeError or ValueError for tokens that do not fit the projections.
         """
         _check_tokens(self, x, context)
+        if type(offset) is not int:    # asked for by hand, or a cache's
+            check_offset(offset, x)
         h, g, d = self.layout
         if context is None:    # all stripes at once: a head is a slice, whosever it is
             q, k, v = split_heads(self.in_proj(x), h + 2 * g).split((h, g, g), dim=1)
