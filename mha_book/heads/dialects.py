@@ -179,10 +179,12 @@ def _read(tensors: dict, dialect: Dialect, heads: HeadLayout) -> dict:
     "Part and kind -> tensor, heads first; the bias of the output has no heads."
     found = {}
     for (parts, kind), tensor in tensors.items():
-        rows = _heads_first(tensor, _axes(dialect, parts, kind), heads.head_dim)
+        rows = _heads_first(tensor, _axes(dialect, parts, kind), _unit(parts, heads))
         pieces = _unstack(rows, _counts(parts, heads), _groups(dialect, heads))
+        heads_of = {part: _of_width(piece, heads.width(part))
+                    for part, piece in zip(parts, pieces)}
         found |= {(part, kind): _in_pairs(piece, part, dialect, back=True)
-                  for part, piece in zip(parts, pieces)}
+                  for part, piece in heads_of.items()}
     return found
 
 # %% ../../nbs/04a_layouts.ipynb #write
@@ -195,16 +197,31 @@ def _write(found: dict, dialect: Dialect, heads: HeadLayout) -> dict[str, Tensor
                       for part in parts if (part, kind) in found}
             if pieces:
                 _check_pieces(parts, kind, pieces)
-                rows = _stack([*pieces.values()], _groups(dialect, heads))
+                rows = _stack([_of_width(piece, _unit(parts, heads)) for piece in
+                               pieces.values()], _groups(dialect, heads))
                 tensor = _from_heads_first(rows, _axes(dialect, parts, kind))
                 weights[name.format(stem)] = tensor.clone(
                     memory_format=torch.contiguous_format)
     return weights
 
 # %% ../../nbs/04a_layouts.ipynb #shapes
+def _unit(parts: str, heads: HeadLayout) -> int:
+    "How many rows move as one: a head, or a row where heads of several widths are stacked."
+    widths = {heads.width(part) for part in parts}
+    return widths.pop() if len(widths) == 1 else 1
+
+
 def _counts(parts: str, heads: HeadLayout) -> list[int]:
-    "How many heads each part has; the output projection has one per query head."
-    return [heads.num_heads if part in "qo" else heads.num_kv_heads for part in parts]
+    "How many of these each part has; the output projection has one per query head."
+    unit = _unit(parts, heads)
+    return [heads.count(part) * heads.width(part) // unit for part in parts]
+
+
+def _of_width(rows: Tensor, width: int) -> Tensor:
+    "Rows that were cut otherwise, as heads of this width."
+    if rows.dim() == 1 or rows.shape[1] == width:
+        return rows
+    return rows.flatten(0, 1).unflatten(0, (-1, width))
 
 
 def _groups(dialect: Dialect, heads: HeadLayout) -> int:
@@ -283,7 +300,7 @@ def _refuse_names(names: list[str] | dict[str, Tensor]) -> None:
 def _check_shape(name: str, tensor: Tensor, key: tuple[str, str],
                  dialect: Dialect, heads: HeadLayout) -> None:
     "Every axis but `e` has the size that the heads give it."
-    count, d = sum(_counts(key[0], heads)), heads.head_dim
+    count, d = sum(_counts(key[0], heads)), _unit(key[0], heads)
     sizes = dict(h=count, d=d, hd=count * d)
     needed = [sizes.get(axis, axis) for axis in _axes(dialect, *key).split()]
     fits = all(want in ("e", size) for want, size in zip(needed, tensor.shape))
@@ -314,7 +331,7 @@ def _check_pieces(parts: str, kind: str, pieces: dict[str, Tensor]) -> None:
         raise ValueError(f"{', '.join(parts)} share a tensor, but the {kind} is there for "
                          f"{', '.join(pieces)} only; zeros for the others compute the same")
     widths = {part: piece.shape[-1] for part, piece in pieces.items()}
-    if len(set(widths.values())) > 1:
+    if kind == "weight" and len(set(widths.values())) > 1:
         raise ValueError(f"parts that share a tensor must read one width, not {widths}")
 
 # %% ../../nbs/04a_layouts.ipynb #refuse-heads
@@ -330,6 +347,10 @@ def _dialect(dialect: str | Dialect, heads: HeadLayout) -> Dialect:
         able = [name for name, other in DIALECTS.items() if carried[other.kv_heads]]
         raise ValueError(f"{dialect!r} cannot carry {h} query heads on {g} key-value heads "
                          f"(kv_heads={found.kv_heads!r}); these can: {', '.join(able)}")
+    stacked = any("v" in parts and len(parts) > 1 for parts in found.names)
+    if heads.value_dim != d and stacked and "hd" not in found.axes:
+        raise ValueError(f"{dialect!r} stacks heads of one width on an axis of their own, and "
+                         f"values have width {heads.value_dim}, keys {d}")
     width = d if found.rotary_dim is None else found.rotary_dim
     if found.pairs == "interleaved" and (width % 2 or not 0 < width <= d):
         raise ValueError(f"{dialect!r} has rows in pairs: rotary_dim {width} must be even, "
@@ -339,13 +360,9 @@ def _dialect(dialect: str | Dialect, heads: HeadLayout) -> Dialect:
 
 def _check_saved(saved: Tensor, heads: HeadLayout) -> None:
     "The head counts that a layer of this book saves must be those that were told."
-    if not isinstance(saved, Tensor) or saved.is_meta:
-        raise TypeError(f"_extra_state must be [num_heads, num_kv_heads, head_dim], the "
-                        f"tensor that a layer saves, got {saved!r:.100}; "
-                        f"ignore=('_extra_state',) reads the weights without it")
-    if saved.tolist() != [*heads]:
-        raise ValueError(f"the weights were saved with [num_heads, num_kv_heads, head_dim] "
-                         f"= {saved.tolist()}, and are to be read with {[*heads]}")
+    if fault := heads.unlike(saved):
+        raise ValueError(f"{fault}, with which they are to be read; to read them without: "
+                         f"ignore=('_extra_state',)")
 
 # %% ../../nbs/04a_layouts.ipynb #from-state-dict
 def from_state_dict(
@@ -375,7 +392,7 @@ def from_state_dict(
     (*_, e), (*_, c), (*_, out_dim) = (found[part, "weight"].shape for part in "qko")
     layer = MultiHeadAttention(
         e, heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
-        out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
+        value_dim=heads.value_dim, out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
         qk_norm=qk_norm, position=position, attend=attend, finish=finish,
         device="meta")    # `assign` brings a device
     weights = _write(found, _own_dialect(layer), heads) | _placed(others, layer, dialect)

@@ -21,7 +21,7 @@ from .weight_split import HeadLayout, not_plain
 def with_heads(
     layer: MultiHeadAttention,    # whose projections are plain matrices; left as it is
     layout: HeadLayout,           # the heads that the copy shall have
-    # part and its heads, first axes heads and d (biases too) -> its new heads
+    # part and its heads, first axes heads and width (biases too) -> its new heads
     change: Callable[[str, Tensor], Tensor],
 ) -> MultiHeadAttention:          # a copy with these heads
     "A copy whose heads are changed part by part: q, k, v by rows, o by columns."
@@ -31,11 +31,12 @@ def with_heads(
     new.layout = layout
     for name, parts in layer.parts().items():
         proj, own = getattr(new, name), dict(getattr(new, name).named_parameters())
-        counts = [layer.layout.count(part) for part in parts]
+        counts = [(layer.layout.count(part), layer.layout.width(part)) for part in parts]
 
         def changed(rows):
-            heads = rows.unflatten(0, (-1, layer.layout.head_dim)).split(counts)
-            return torch.cat([change(part, t) for part, t in zip(parts, heads)]).flatten(0, 1)
+            each = rows.split([count * width for count, width in counts])
+            return torch.cat([change(part, t.unflatten(0, sizes)).flatten(0, 1)
+                              for part, t, sizes in zip(parts, each, counts)])
 
         if parts == "o":
             own = dict(weight=changed(proj.weight.T).T.contiguous())
@@ -44,8 +45,7 @@ def with_heads(
             own = {kind: changed(p) for kind, p in proj.named_parameters()}
             proj.out_features = len(own["weight"])
         for kind, p in own.items():
-            trained = getattr(proj, kind).requires_grad
-            setattr(proj, kind, nn.Parameter(p, requires_grad=trained))
+            setattr(proj, kind, nn.Parameter(p, getattr(proj, kind).requires_grad))
     return new
 
 # %% ../../nbs/03c_head_counts.ipynb #pad
@@ -68,7 +68,7 @@ def pad_heads(
     if layer.finish is not None:
         raise ValueError("finish would get more heads than it was made for: pad the layer "
                          "first, and give it a finish plug for its new heads")
-    layout = HeadLayout(num_heads, num_heads * g // h, d)
+    layout = HeadLayout(num_heads, num_heads * g // h, d, layer.layout.value_dim)
 
     def padded(part, heads):
         more = layout.count(part) - len(heads)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from .dialects import from_state_dict
-from .layer import Attend, AttendOptions, MultiHeadAttention
+from .layer import Attend, AttendOptions, MultiHeadAttention, own_ways
 from mha_book.heads.single_head import (
     causal_mask,
     check_count,
@@ -318,7 +318,8 @@ def _check_torch(module: nn.MultiheadAttention) -> None:
         "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"}
     _refuse("this layer", {
         f"dropout {module.dropout}, which leaves nothing": module.dropout >= 1,
-        "a forward of its own": type(module).forward is not nn.MultiheadAttention.forward,
+        "a forward of its own": "forward" in vars(module) or (
+            type(module).forward is not nn.MultiheadAttention.forward),
         f"weights that are computed from others ({', '.join(sorted(computed))})": computed,
         "hooks on the module": _has_hooks(module),
         f"kdim {module.kdim} beside vdim {module.vdim}": module.kdim != module.vdim})
@@ -368,16 +369,16 @@ def _check_ours(layer: MultiHeadAttention) -> None:
     if fault := not_plain(layer):
         raise TypeError(fault)
     (h, g, d), e, out = layer.layout, layer.in_proj.in_features, layer.out_proj
-    attend = layer.attend
-    hooks = [name for name, module in layer.named_modules() if _has_hooks(module)]
+    attend, dv = layer.attend, layer.layout.value_dim
+    hooks = isinstance(attend, nn.Module) and _has_hooks(attend)
     if type(attend) is ExtraKeys:
         attend = attend.attend
     _refuse("nn.MultiheadAttention", {
         f"{h} query heads on {g} key-value heads": g != h,
         f"{h} heads of width {d} in a width of {e}": h * d != e,
         f"an output of width {out.out_features}": out.out_features != e,
-        "a forward of its own": type(layer).forward is not MultiHeadAttention.forward,
-        f"hooks on {', '.join(name or 'the layer' for name in hooks)}": hooks,
+        f"values of width {dv} beside keys of width {d}": dv != d,
+        f"{own_ways(layer)}": own_ways(layer) is not None, "hooks on attend": hooks,
         "finish": layer.finish is not None,
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": attend not in (plain_attention, fused_attend)})

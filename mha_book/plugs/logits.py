@@ -140,7 +140,8 @@ class OutputGate(nn.Module):
         embed_dim: int,                # width of a token, e
         num_heads: int,                # query heads, h
         *,
-        head_dim: int | None = None,   # width of a head, d; embed_dim / h unless told
+        # width of what a head gives: value_dim, or head_dim; embed_dim / h unless told
+        head_dim: int | None = None,
         bias: bool = True,             # whether the gate adds a learned vector
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
@@ -161,7 +162,8 @@ class OutputGate(nn.Module):
         gates = torch.sigmoid(self.gate_proj(x))
         if gates.shape[-1] != heads.shape[-1]:
             raise ValueError(f"{gates.shape[-1]} gates for {heads.shape[-1]} numbers: "
-                             f"OutputGate needs the layer's num_heads and head_dim")
+                             f"OutputGate needs the layer's num_heads and head_dim "
+                             f"(or value_dim, where it is another)")
         return heads * gates
 
 # %% ../../nbs/13a_logits.ipynb #z-loss

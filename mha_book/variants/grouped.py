@@ -45,7 +45,7 @@ def _with_kv_heads(
 ) -> MultiHeadAttention:
     "A copy of `layer` whose key heads, and whose value heads, are changed."
     h, _, d = layer.layout
-    return with_heads(layer, HeadLayout(h, num_kv_heads, d),
+    return with_heads(layer, HeadLayout(h, num_kv_heads, d, layer.layout.value_dim),
                       lambda part, heads: change(heads) if part in "kv" else heads)
 
 # %% ../../nbs/16_grouped.ipynb #folded
@@ -114,7 +114,7 @@ def _group_size(layer: MultiHeadAttention, num_kv_heads: int) -> int:
 def rotate_kv_heads(
     layer: MultiHeadAttention,                     # a layer with g key-value heads
     keys: Float[Tensor, "g d d"] | None = None,    # a rotation for each key head, or None
-    values: Float[Tensor, "g d d"] | None = None,  # a rotation for each value head, or None
+    values: Float[Tensor, "g v v"] | None = None,  # a rotation for each value head, or None
 ) -> MultiHeadAttention:                           # a new layer that computes the same
     """Key and value heads in other coordinates: k becomes A k and q becomes A q, which
     leaves q · k; v becomes B v, and the columns of `out_proj` that read it turn back.
@@ -148,7 +148,7 @@ def _turn(heads: Tensor, turns: Tensor) -> Tensor:
 # %% ../../nbs/16_grouped.ipynb #check-turns
 def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
     "Refuse what is no rotation, and a layer that would notice."
-    _, g, d = layer.layout
+    g, d = layer.layout.num_kv_heads, layer.layout.width(name[0])
     if not isinstance(turns, Tensor) or not turns.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, one matrix a head; got "
                         f"{getattr(turns, 'dtype', turns)!r}")
