@@ -568,6 +568,106 @@ def test_an_input_and_its_output_name_the_dialect(g, writer, right, context_widt
     assert twice[right[0]] == pytest.approx(0.5)  # the error is a share of what was answered
 
 
+# Values of a width of their own
+
+
+def cut(heads, part):
+    "How many heads a part has, and of which width."
+    return heads.count(part), heads.width(part)
+
+
+def value_place(dialect, heads, part, i, r, c):
+    "Name and index of a number where values are dv wide; c is None in a bias."
+    h, g, d = heads
+    dv, index = heads.value_dim, i * heads.width(part) + r
+    kernel = {"q": "query", "k": "key", "v": "value", "o": "out"}[part]
+    stacked = {"q": 0, "k": h * d, "v": h * d + g * d}.get(part, 0) + index
+    before = {"q": i // (h // g), "k": i, "v": i, "o": 0}[part] * ((h // g + 1) * d + dv)
+    grouped = before + {"q": i % (h // g) * d, "k": h // g * d, "v": (h // g + 1) * d}.get(part, 0) + r
+    name, at = {
+        "separate": (f"{part}_proj" if part != "o" else "out_proj", (index, c)),
+        "stacked": ("in_proj" if part != "o" else "out_proj", (stacked, c)),
+        "grouped": ("linear_qkv" if part != "o" else "linear_proj", (grouped if part != "o" else index, c)),
+        "kernels": (kernel, (c, i, r)),
+        "per_head": (f"W_{part.upper()}", (i, c, r)),
+        "packed_kv": (
+            dict(q="Wq", k="Wkv", v="Wkv", o="out_proj")[part],
+            (index + (g * d if part == "v" else 0), c),
+        ),
+        "conv1d": ("c_attn" if part != "o" else "c_proj", (c, stacked)),
+        "gguf": (
+            f"attn_{part}" if part != "o" else "attn_output",
+            (i * d + paired(r, d) if part in "qk" else index, c),
+        ),
+    }[dialect]
+    if part == "o":
+        at = {"kernels": (i, r, c), "per_head": (i, r, c), "conv1d": (index, c)}.get(dialect, (c, index))
+    if dialect == "per_head":
+        return name if c is not None else name.replace("W_", "b_"), tuple(a for a in at if a is not None)
+    kind = "kernel" if dialect == "kernels" else "weight"
+    return f"{name}.{kind if c is not None else 'bias'}", tuple(a for a in at if a is not None)
+
+
+@pytest.mark.parametrize(
+    "heads", [HeadLayout(6, 3, 4, 5), HeadLayout(4, 4, 6, 2), HeadLayout(6, 1, 2, 7)], ids=lambda a: str(a.saved)
+)
+def test_values_of_another_width_are_at_their_places_in_every_dialect(heads):
+    numbers = {part: torch.randn(*cut(heads, part), s.e, dtype=torch.float64) for part in "qkvo"} | {
+        f"{part}b": torch.randn(*cut(heads, part), dtype=torch.float64) for part in "qkv"
+    }
+    numbers["ob"] = torch.randn(s.e, dtype=torch.float64)
+
+    def written(dialect):
+        values = {}
+        for part, tensor in numbers.items():
+            for at in itertools.product(*map(range, tensor.shape)):
+                if part == "ob":
+                    name, index = value_place(dialect, heads, "o", 0, 0, None)[0], at
+                else:
+                    name, index = value_place(dialect, heads, part[0], *(*at, None)[:3])
+                values.setdefault(name, {})[index] = tensor[at].item()
+        made = {}
+        for name, found in values.items():
+            made[name] = torch.full([max(axis) + 1 for axis in zip(*found)], torch.nan, dtype=torch.float64)
+            for index, value in found.items():
+                made[name][index] = value
+            assert not made[name].isnan().any()
+        return made
+
+    able = ["separate", "stacked", "grouped", "kernels", "per_head", "packed_kv", "gguf"]
+    states = {name: written(name) for name in able + ["conv1d"] * (heads.num_heads == heads.num_kv_heads)}
+    for source, target in itertools.product(states, repeat=2):
+        assert_same_bits(convert_weights(states[source], source, target, heads), states[target])
+    x = torch.randn(s.b, s.n, s.e, dtype=torch.float64)
+    answers = [from_state_dict(state, heads, name)(x) for name, state in states.items()]
+    assert all(torch.equal(y, answers[0]) for y in answers)
+    again = from_state_dict(states["stacked"], heads)
+    assert again.layout == heads
+    assert torch.equal(from_state_dict(again.state_dict(), heads)(x), answers[0])
+
+
+def test_a_layer_with_wider_values_and_another_input_is_read_from_its_own_state():
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, value_dim=5, context_dim=11)
+    again = from_state_dict(layer.state_dict(), layer.layout, "packed_kv")
+    x, context = torch.randn(s.b, s.n, s.e), torch.randn(s.b, s.m, 11)
+    assert torch.equal(again(x, context), layer(x, context)) and again.layout == layer.layout
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_width_of_values_that_was_not_told_is_refused():
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, value_dim=5)
+    with refused(ValueError, "[6, 3, 8, 5]", "[6, 3, 8]"):
+        from_state_dict(layer.state_dict(), GROUPED)
+    state = {name: tensor for name, tensor in layer.state_dict().items() if name != "_extra_state"}
+    with refused(ValueError, "in_proj.weight", "(87, 20)", "(96, e)"):
+        from_state_dict(state, GROUPED)
+    shared = Dialect(dict(qkv="qkv", o="out"), "h d e", "h d e")
+    with refused(ValueError, "axis of their own", "width 5", "keys 8"):
+        convert_weights(layer.state_dict(), "stacked", shared, layer.layout)
+    with refused(ValueError, "values of width 5"):
+        to_torch(MultiHeadAttention(48, 6, value_dim=5))
+
+
 # Checkpoints as they are: what else stands under a prefix
 
 NORM = partial(nn.RMSNorm, eps=0.1)  # an eps that shows in the answer
