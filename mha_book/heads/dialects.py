@@ -204,6 +204,35 @@ def _write(found: dict, dialect: Dialect, heads: HeadLayout) -> dict[str, Tensor
                     memory_format=torch.contiguous_format)
     return weights
 
+# %% ../../nbs/04a_layouts.ipynb #under
+def _under(state: dict[str, Tensor], heads: HeadLayout, prefix: str = "",
+           ignore: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    "The tensors under a prefix, without it and without what is to be left out."
+    for name, value, kind in (("weights", state, dict), ("heads", heads, HeadLayout),
+                              ("prefix", prefix, str), ("ignore", ignore, tuple)):
+        _check_kind(name, value, kind)
+    for name in (*state, *ignore):
+        _check_kind("a name of weights", name, str)
+    under = {name[len(prefix):]: tensor for name, tensor in state.items()
+             if name.startswith(prefix)}
+    if not under:
+        raise ValueError(f"no name begins with {prefix!r}; the first are {[*state][:5]}")
+    for unwanted in ignore:
+        if not any(_is_within(name, unwanted) for name in under):
+            raise ValueError(f"ignore holds {unwanted!r}, and no name under {prefix!r} is "
+                             f"that or begins with it; there are {', '.join(under)}")
+    under = {name: tensor for name, tensor in under.items()
+             if not any(_is_within(name, unwanted) for unwanted in ignore)}
+    for name, tensor in under.items():
+        if name.rpartition(".")[2] != "_extra_state":    # of a plug it may be anything
+            check_tensor(f"{prefix}{name}", tensor)
+    return under
+
+
+def _is_within(name: str, whole: str) -> bool:
+    "Whether the name of a tensor is `whole`, or begins with it up to a dot or a slash."
+    return f"{name}.".replace("/", ".").startswith(f"{whole}.".replace("/", "."))
+
 # %% ../../nbs/04a_layouts.ipynb #shapes
 def _unit(parts: str, heads: HeadLayout) -> int:
     "How many rows move as one: a head, or a row where heads of several widths are stacked."
@@ -437,32 +466,3 @@ def _with_biases(found: dict) -> dict:
     zeros = {(part, "bias"): torch.zeros_like(weight[0, 0] if part == "o" else weight[..., 0])
              for (part, kind), weight in found.items() if kind == "weight"}
     return zeros | found
-
-# %% ../../nbs/04a_layouts.ipynb #under
-def _under(state: dict[str, Tensor], heads: HeadLayout, prefix: str = "",
-           ignore: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    "The tensors under a prefix, without it and without what is to be left out."
-    for name, value, kind in (("weights", state, dict), ("heads", heads, HeadLayout),
-                              ("prefix", prefix, str), ("ignore", ignore, tuple)):
-        _check_kind(name, value, kind)
-    for name in (*state, *ignore):
-        _check_kind("a name of weights", name, str)
-    under = {name[len(prefix):]: tensor for name, tensor in state.items()
-             if name.startswith(prefix)}
-    if not under:
-        raise ValueError(f"no name begins with {prefix!r}; the first are {[*state][:5]}")
-    for unwanted in ignore:
-        if not any(_is_within(name, unwanted) for name in under):
-            raise ValueError(f"ignore holds {unwanted!r}, and no name under {prefix!r} is "
-                             f"that or begins with it; there are {', '.join(under)}")
-    under = {name: tensor for name, tensor in under.items()
-             if not any(_is_within(name, unwanted) for unwanted in ignore)}
-    for name, tensor in under.items():
-        if name.rpartition(".")[2] != "_extra_state":    # of a plug it may be anything
-            check_tensor(f"{prefix}{name}", tensor)
-    return under
-
-
-def _is_within(name: str, whole: str) -> bool:
-    "Whether the name of a tensor is `whole`, or begins with it up to a dot or a slash."
-    return f"{name}.".replace("/", ".").startswith(f"{whole}.".replace("/", "."))
