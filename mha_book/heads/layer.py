@@ -272,13 +272,15 @@ def _offset(key_mask: Tensor | None, cache: Cache) -> int | Tensor:
 # %% ../../nbs/03b_layer.ipynb #own-ways
 def own_ways(
     layer: MultiHeadAttention,
+    *names: str,           # methods to look at; all that compute, and hooks, unless told
 ) -> str | None:           # "a forward of its own", for instance; None = nothing
     "What a layer does beside its projections, norms and plugs: own methods, or hooks on it."
-    for name in ("forward", "qkv", "_see", "parts", "rows", "__call__"):
+    for name in names or ("forward", "qkv", "_see", "parts", "rows", "__call__"):
         inherited = getattr(type(layer), name) is getattr(MultiHeadAttention, name)
         if not inherited or name in vars(layer):
             return f"a {name} of its own"
-    return "forward hooks" if layer._forward_hooks or layer._forward_pre_hooks else None
+    hooks = not names and (layer._forward_hooks or layer._forward_pre_hooks)
+    return "forward hooks" if hooks else None
 
 
 # %% ../../nbs/03b_layer.ipynb #counts
