@@ -12,13 +12,11 @@ from mha_book.heads.dialects import (
     Dialect,
     convert_weights,
     from_state_dict,
-    from_torch,
-    to_torch,
 )
 from .heads.head_counts import pad_heads
 from .heads.head_list import HeadList
 from .heads.layer import Attend, Cache, Finish, MultiHeadAttention, Position, commit_once, nearest_head_counts
-from .heads.masks import convert_mask
+from .heads.masks import ExtraKeys, convert_mask, from_torch, to_torch
 from .heads.single_head import AttentionHead, causal_mask, fused_attend
 from .heads.weight_split import HeadLayout, merge_heads, split_heads
 from .heads.which_dialect import fitting_dialects, guess_dialect
@@ -47,7 +45,7 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
-from .plugs.rope import RoPE
+from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
     RoPELlama3Scaling,
@@ -67,11 +65,11 @@ __all__ = [
     "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
     "nearest_head_counts", "pad_heads", "AttentionHead", "HeadList",
     # Into `attend`
-    "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias",
+    "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
-    "RoPELlama3Scaling",
+    "RoPELlama3Scaling", "rotate_by_tables",
     # Into `finish`
     "Finish", "OutputGate",
     # Into `cache`

@@ -22,8 +22,8 @@ from mha_book import (
     causal_mask,
 )
 from mha_book.bench import suites, suites_language
-from mha_book.heads.dialects import DIALECTS, Dialect, convert_weights, from_state_dict, from_torch
-from mha_book.heads.masks import MASK_DIALECTS, convert_mask
+from mha_book.heads.dialects import DIALECTS, Dialect, convert_weights, from_state_dict
+from mha_book.heads.masks import MASK_DIALECTS, convert_mask, from_torch
 from mha_book.heads.single_head import plain_attention
 from mha_book.heads.which_dialect import guess_dialect
 from mha_book.instruments.cache_size import PUBLISHED

@@ -21,6 +21,7 @@ from mha_book.heads.single_head import (
     check_count,
     check_dropout,
     check_flag,
+    check_offset,
     check_tensor,
     fused_attend,
     is_whole,
@@ -228,7 +229,7 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for tokens that do not fit the projections.
         """
-        _check_tokens(self, x, context, value)
+        _check_tokens(self, x, context, value, offset)
         if context is None and value is None:
             q, k, v = cut_heads(self, "in_proj", self.in_proj(x))
         else:
@@ -487,8 +488,8 @@ def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
 def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
-                  value: Tensor | None) -> None:
-    "All tokens of a call, and that keys have something to be made of."
+                  value: Tensor | None, offset: int | Tensor) -> None:
+    "All tokens of a call, that keys have something to be made of, and where they stand."
     check_projectable("x", x, "in_proj", layer.in_proj)
     if context is None and layer.context_proj is not None:
         width = getattr(layer.context_proj, "in_features", "its own")
@@ -499,6 +500,8 @@ def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
         if len(x) != len(context):
             raise ValueError(f"batch differs: query {len(x)}, "
                              f"key {len(context)} (x, context)")
+    if type(offset) is not int:    # asked for by hand, or a cache's
+        check_offset(offset, x)
     if value is not None:
         check_projectable("value", value, answer, getattr(layer, answer))
         needed = (x if context is None else context).shape[:2]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'scaled_logits', 'add_bias',
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
-           'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_flag',
-           'check_tensor', 'check_mask', 'check_additions', 'AttentionHead', 'sizes_are_open', 'is_certain',
-           'run_fused', 'narrowed', 'derived_once', 'fused_attend']
+           'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_whole',
+           'check_offset', 'check_flag', 'check_tensor', 'check_mask', 'check_additions', 'AttentionHead',
+           'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'derived_once', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -224,6 +224,31 @@ def check_count(name: str, value: int) -> None:
                         f"got {value!r} of type {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+# %% ../../nbs/01_single_head.ipynb #checks-offset
+def check_whole(name: str, value: Tensor) -> None:
+    "Raise TypeError unless `value`, which is called `name`, is a tensor of whole numbers."
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}; places are whole numbers")
+
+
+def check_offset(
+    offset: int | Int[Tensor, "b"],   # real tokens before these, for all rows or for each
+    tokens: Tensor,                   # whose first axis is the batch
+) -> None:
+    "Raise TypeError or ValueError unless `offset` is an int, or a tensor of ints, one a row."
+    if isinstance(offset, Tensor):
+        check_whole("offset", offset)
+        if offset.shape != tokens.shape[:1] or offset.device != tokens.device:
+            raise ValueError(f"offset of shape {tuple(offset.shape)} on {offset.device}; "
+                             f"needed: ({len(tokens)},), one place a row, "
+                             f"on {tokens.device}")
+    elif not is_whole(offset) and not isinstance(offset, torch.SymInt):
+        raise TypeError(f"offset must be an int, or a tensor of ints, one a row; "
+                        f"got {offset!r} of type {type(offset).__name__}")
+    elif is_whole(offset) and not -2**62 < offset < 2**62:
+        raise ValueError(f"offset {offset} is no place that fits into int64")
 
 # %% ../../nbs/01_single_head.ipynb #checks-kinds
 def check_flag(name: str, value: bool) -> None:

@@ -10,9 +10,18 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dialects import DIALECTS, _dialect, _read, _under, from_state_dict
+from mha_book.heads.dialects import (
+    _NORMS,
+    DIALECTS,
+    _dialect,
+    _find,
+    _refuse_names,
+    _under,
+    from_state_dict,
+)
+from .single_head import check_tensor
 from .weight_split import HeadLayout
 
 # %% ../../nbs/04c_which_dialect.ipynb #fitting
@@ -21,15 +30,19 @@ def fitting_dialects(
     heads: HeadLayout,          # how many heads of which width
     *,
     prefix: str = "",           # what the names of this layer begin with
+    ignore: tuple[str, ...] = (),  # names to leave out, with all that stands under them
 ) -> list[str]:                 # the names of those that load
     """The dialects that the names and shapes of a checkpoint allow.
 
-    Raises ValueError that says of every dialect why it does not fit, where none does.
+    Norms of queries and keys fit every dialect.
+    Raises ValueError that says of every dialect why it does not fit, where none does;
+    TypeError for what is no tensor, as the arrays of Flax and Keras.
     """
-    weights, fitting, faults = _under(state, prefix), [], []
+    weights, fitting, faults = _under(state, heads, prefix, ignore), [], []
     for name in DIALECTS:
         try:
-            _read(weights, _dialect(name, heads), heads)
+            _, others = _find(weights, _dialect(name, heads), heads)
+            _refuse_names([other for other in others if other not in _NORMS])
             fitting.append(name)
         except (ValueError, TypeError) as fault:
             faults.append(f"\n{name}: {fault}")
@@ -46,6 +59,8 @@ def guess_dialect(
     y: Float[Tensor, "b n out"],   # and what it answered
     *,
     prefix: str = "",              # what the names of this layer begin with
+    ignore: tuple[str, ...] = (),  # names to leave out, with all that stands under them
+    qk_norm: Callable[[int], nn.Module] | None = None,  # makes the norms of q and of k
     context: Float[Tensor, "b m c"] | None = None,  # another input for keys and values
     is_causal: bool = False,       # whether it looked at no later token
     position: Callable | None = None,  # what it did to queries and keys
@@ -53,11 +68,14 @@ def guess_dialect(
     """Read a checkpoint in every dialect that fits, and compare what the layers answer.
 
     The error is the largest difference from `y`, as a share of its largest number.
-    Raises as `fitting_dialects` does, and ValueError where `y` cannot be an answer.
+    Raises as `fitting_dialects` and `from_state_dict` do, and ValueError where `y` cannot
+    be an answer.
     """
-    errors = {}
-    for name in fitting_dialects(state, heads, prefix=prefix):
-        layer = from_state_dict(state, heads, name, prefix=prefix, position=position)
+    errors, own = {}, dict(prefix=prefix, ignore=ignore)
+    for given, value in (("x", x), ("y", y)):
+        check_tensor(given, value)
+    for name in fitting_dialects(state, heads, **own):
+        layer = from_state_dict(state, heads, name, **own, qk_norm=qk_norm, position=position)
         got = layer(x, context, is_causal=is_causal)
         if got.shape != y.shape or not (y.isfinite().all() and y.any()):
             raise ValueError(f"y must be finite, not all 0, of shape {tuple(got.shape)}; "

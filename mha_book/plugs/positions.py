@@ -15,7 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
-from ..heads.single_head import check_count, float32_at_least, query_places
+from mha_book.heads.single_head import (
+    check_count,
+    check_flag,
+    check_offset,
+    check_tensor,
+    check_whole,
+    float32_at_least,
+    is_number,
+    query_places,
+)
 from ..kernels.backends import attention
 
 # %% ../../nbs/14a_positions.ipynb #sinusoidal
@@ -29,22 +38,36 @@ def sinusoidal_positions(
     """Sines at even and cosines at odd channels: channels 2i and 2i + 1 hold the sine and
     the cosine of place · base^(-2i / embed_dim).
 
-    Raises TypeError or ValueError for a width that is not a positive even number.
+    Raises TypeError or ValueError for places that are no whole numbers, a width that is not
+    a positive even number, a base that is not positive, and a dtype without fractions.
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
     """
     check_count("embed_dim", embed_dim)
     if embed_dim % 2:
         raise ValueError(f"embed_dim {embed_dim} is odd: a sine and a cosine a pair")
+    _check_waves(places, base, dtype)
     wide = float32_at_least(dtype)
     channel = torch.arange(0, embed_dim, 2, dtype=wide, device=places.device)
     angles = places.to(wide)[..., None] * base ** (-channel / embed_dim)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
 
+# %% ../../nbs/14a_positions.ipynb #sinusoidal-checks
+def _check_waves(places: Tensor, base: float | int, dtype: torch.dtype) -> None:
+    check_whole("places", places)
+    if not is_number(base):
+        raise TypeError(f"base must be a number, got {base!r}")
+    if not 0 < base < math.inf:
+        raise ValueError(f"base {base} is not positive and finite")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating one, got {dtype!r}")
+
 # %% ../../nbs/14a_positions.ipynb #learned
 class LearnedPositions(nn.Module):
     """A table with a learned vector for each place, which is added to the tokens.
 
-    Raises ValueError for tokens that stand beyond its end.
+    The sum has the dtype of the tokens, as the layer above expects it.
+    Raises ValueError for tokens that stand beyond its end; TypeError or ValueError for
+    tokens and offsets that do not fit.
     Source: Gehring et al. 2017, arXiv 1705.03122, section 3.1.
     """
 
@@ -59,6 +82,10 @@ class LearnedPositions(nn.Module):
         check_count("max_len", max_len)
         check_count("embed_dim", embed_dim)
         self.weight = nn.Parameter(torch.empty(max_len, embed_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "Small normal numbers, of standard deviation 0.02."
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
@@ -68,17 +95,43 @@ class LearnedPositions(nn.Module):
         offset: int | Int[Tensor, "b"] = 0,   # place of the first one; of each row's
     ) -> Float[Tensor, "b n e"]:           # tokens that know where they stand
         """`x` plus its places' rows of the table. Padding, which stands before place 0,
-        gets the row of place 0. For a tensor `offset` it waits for the device once.
+        gets the row of place 0. On a GPU, outside `torch.compile`, it waits once for the
+        device to learn the last place of a tensor `offset`.
         """
-        last = offset if isinstance(offset, int) or offset.is_meta else int(offset.max())
-        if not isinstance(last, Tensor) and last + x.shape[1] > len(self.weight):
-            raise ValueError(f"{x.shape[1]} tokens from place {last} on end at place "
-                             f"{last + x.shape[1] - 1}, but the table has {len(self.weight)} "
-                             f"places, 0 to {len(self.weight) - 1}: a larger max_len= has "
-                             f"to be trained, or the text cut")
-        places = torch.arange(x.shape[1], device=x.device)
-        places = places + (offset[:, None] if isinstance(offset, Tensor) else offset)
-        return x + F.embedding(places.clamp(min=0), self.weight)
+        self._check_tokens(x, offset)
+        places, per_row = torch.arange(x.shape[1], device=x.device), isinstance(offset, Tensor)
+        if not per_row:
+            self._check_end(offset, x.shape[1])
+        elif not (offset.device.type in ("cpu", "meta") or torch.compiler.is_compiling()):
+            self._check_end(int(offset.max()), x.shape[1])
+        places = places + (offset[:, None] if per_row else offset)
+        try:
+            rows = F.embedding(places.clamp(min=0), self.weight)
+        except IndexError:    # a CPU looks for itself
+            self._check_end(int(offset.max()), x.shape[1])
+            raise
+        return (x + rows).to(x.dtype)
+
+    def _check_end(self, first: int, n: int) -> None:
+        "Refuse n tokens from place `first` on where the table is shorter."
+        if first + n > len(self.weight):
+            raise ValueError(f"{n} tokens from place {first} on end at place {first + n - 1}, "
+                             f"but the table has {len(self.weight)} places, 0 to "
+                             f"{len(self.weight) - 1}: a larger max_len= has to be trained, "
+                             f"or the text cut")
+
+    def _check_tokens(self, x: Tensor, offset: int | Tensor) -> None:
+        "Shape, dtype and device of the tokens, and what says where they stand."
+        check_tensor("x", x)
+        if x.dim() != 3 or x.shape[2] != self.weight.shape[1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}; "
+                             f"needed: (batch, length, {self.weight.shape[1]})")
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}; places are added to embeddings")
+        if x.device != self.weight.device:
+            raise ValueError(f"device differs: x {x.device}, table {self.weight.device}; "
+                             f"move with x.to({str(self.weight.device)!r})")
+        check_offset(offset, x)
 
 # %% ../../nbs/14a_positions.ipynb #distances
 def distances(
@@ -100,9 +153,14 @@ def relative_buckets(
     that widen with the distance.
 
     In float32, as the authors' code: the sides of a bucket fall where they fall there.
-    Raises ValueError for fewer than 2 buckets a side, or a max_distance within the near ones.
+    Raises ValueError for fewer than 2 buckets a side, or a max_distance within the near ones;
+    TypeError for numbers that are no int and distances that are no whole numbers.
     Source: Raffel et al. 2019, arXiv 1910.10683, section 2.1.
     """
+    check_whole("distances", distances)
+    for name, count in ("num_buckets", num_buckets), ("max_distance", max_distance):
+        check_count(name, count)
+    check_flag("bidirectional", bidirectional)
     sided = num_buckets // 2 if bidirectional else num_buckets
     near = sided // 2
     if near < 1 or max_distance <= near:
@@ -136,10 +194,15 @@ class RelativeBias(nn.Module):
         check_count("num_heads", num_heads)
         check_count("num_buckets", num_buckets)
         self.max_distance, self.bidirectional = max_distance, bidirectional
-        self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device,
+        self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device,
                                                dtype=dtype))
+        self.reset_parameters()
         self.bias(0, 0)    # raises for what makes no buckets
         self.attend = attend
+
+    def reset_parameters(self) -> None:
+        "No bias at all: attention without positions."
+        nn.init.zeros_(self.weight)
 
     def bias(
         self,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..heads.single_head import is_number
+from ..heads.single_head import check_flag, is_number
 from .rope import rope_frequencies
 
 # %% ../../nbs/14c_rope_scaling.ipynb #linear
@@ -147,6 +147,7 @@ def _check_scaling(scaling) -> None:
     "Numbers of which no scaling can be made."
     for name, value in vars(scaling).items():
         if name == "truncate":
+            check_flag(name, value)
             continue
         if not is_number(value):
             raise TypeError(f"{name} must be a number, got {value!r}")

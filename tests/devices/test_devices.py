@@ -425,6 +425,14 @@ def placed(device, options):
     return table, y, table.weight.grad, mha_book.sinusoidal_positions(torch.arange(s.n, device=device), s.e)
 
 
+enter(
+    "ExtraKeys",
+    held,
+    {
+        "learned": lambda h, **like: mha_book.ExtraKeys(s.g, s.d, zero=True, **like),
+        "zero": lambda h, **like: mha_book.ExtraKeys(s.g, s.d, learned=False, zero=True, **like),
+    },
+)
 enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 import warnings
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -19,13 +19,14 @@ from mha_book.heads.dialects import (
     Dialect,
     convert_weights,
     from_state_dict,
-    from_torch,
     interleave_pairs,
-    to_torch,
 )
+from mha_book.heads.masks import from_torch, to_torch
 from mha_book.heads.single_head import plain_attention
 from mha_book.heads.which_dialect import fitting_dialects, guess_dialect
 from mha_book.instruments.testing import SIZES
+from mha_book.plugs.logits import SinkAttention
+from mha_book.plugs.rope import RoPE
 from support.refusals import refused
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
@@ -352,7 +353,7 @@ def test_tensors_are_known_by_the_names_that_libraries_use(dialect, names, form)
     }
     assert len(renamed) == len(state)
     if "kernel" in form[0] and DIALECTS[dialect].axes.startswith("h"):  # a kernel has its inputs first
-        with refused(ValueError, "none of"):
+        with refused(ValueError, "no weight for", *(name for name in renamed if "kernel" in name)):
             convert_weights(renamed, dialect, dialect, heads)
     else:
         assert_same_bits(convert_weights(renamed, dialect, dialect, heads), state)
@@ -567,6 +568,226 @@ def test_an_input_and_its_output_name_the_dialect(g, writer, right, context_widt
     assert twice[right[0]] == pytest.approx(0.5)  # the error is a share of what was answered
 
 
+# Values of a width of their own
+
+
+def cut(heads, part):
+    "How many heads a part has, and of which width."
+    return heads.count(part), heads.width(part)
+
+
+def value_place(dialect, heads, part, i, r, c):
+    "Name and index of a number where values are dv wide; c is None in a bias."
+    h, g, d = heads
+    dv, index = heads.value_dim, i * heads.width(part) + r
+    kernel = {"q": "query", "k": "key", "v": "value", "o": "out"}[part]
+    stacked = {"q": 0, "k": h * d, "v": h * d + g * d}.get(part, 0) + index
+    before = {"q": i // (h // g), "k": i, "v": i, "o": 0}[part] * ((h // g + 1) * d + dv)
+    grouped = before + {"q": i % (h // g) * d, "k": h // g * d, "v": (h // g + 1) * d}.get(part, 0) + r
+    name, at = {
+        "separate": (f"{part}_proj" if part != "o" else "out_proj", (index, c)),
+        "stacked": ("in_proj" if part != "o" else "out_proj", (stacked, c)),
+        "grouped": ("linear_qkv" if part != "o" else "linear_proj", (grouped if part != "o" else index, c)),
+        "kernels": (kernel, (c, i, r)),
+        "per_head": (f"W_{part.upper()}", (i, c, r)),
+        "packed_kv": (
+            dict(q="Wq", k="Wkv", v="Wkv", o="out_proj")[part],
+            (index + (g * d if part == "v" else 0), c),
+        ),
+        "conv1d": ("c_attn" if part != "o" else "c_proj", (c, stacked)),
+        "gguf": (
+            f"attn_{part}" if part != "o" else "attn_output",
+            (i * d + paired(r, d) if part in "qk" else index, c),
+        ),
+    }[dialect]
+    if part == "o":
+        at = {"kernels": (i, r, c), "per_head": (i, r, c), "conv1d": (index, c)}.get(dialect, (c, index))
+    if dialect == "per_head":
+        return name if c is not None else name.replace("W_", "b_"), tuple(a for a in at if a is not None)
+    kind = "kernel" if dialect == "kernels" else "weight"
+    return f"{name}.{kind if c is not None else 'bias'}", tuple(a for a in at if a is not None)
+
+
+@pytest.mark.parametrize(
+    "heads", [HeadLayout(6, 3, 4, 5), HeadLayout(4, 4, 6, 2), HeadLayout(6, 1, 2, 7)], ids=lambda a: str(a.saved)
+)
+def test_values_of_another_width_are_at_their_places_in_every_dialect(heads):
+    numbers = {part: torch.randn(*cut(heads, part), s.e, dtype=torch.float64) for part in "qkvo"} | {
+        f"{part}b": torch.randn(*cut(heads, part), dtype=torch.float64) for part in "qkv"
+    }
+    numbers["ob"] = torch.randn(s.e, dtype=torch.float64)
+
+    def written(dialect):
+        values = {}
+        for part, tensor in numbers.items():
+            for at in itertools.product(*map(range, tensor.shape)):
+                if part == "ob":
+                    name, index = value_place(dialect, heads, "o", 0, 0, None)[0], at
+                else:
+                    name, index = value_place(dialect, heads, part[0], *(*at, None)[:3])
+                values.setdefault(name, {})[index] = tensor[at].item()
+        made = {}
+        for name, found in values.items():
+            made[name] = torch.full([max(axis) + 1 for axis in zip(*found)], torch.nan, dtype=torch.float64)
+            for index, value in found.items():
+                made[name][index] = value
+            assert not made[name].isnan().any()
+        return made
+
+    able = ["separate", "stacked", "grouped", "kernels", "per_head", "packed_kv", "gguf"]
+    states = {name: written(name) for name in able + ["conv1d"] * (heads.num_heads == heads.num_kv_heads)}
+    for source, target in itertools.product(states, repeat=2):
+        assert_same_bits(convert_weights(states[source], source, target, heads), states[target])
+    x = torch.randn(s.b, s.n, s.e, dtype=torch.float64)
+    answers = [from_state_dict(state, heads, name)(x) for name, state in states.items()]
+    assert all(torch.equal(y, answers[0]) for y in answers)
+    again = from_state_dict(states["stacked"], heads)
+    assert again.layout == heads
+    assert torch.equal(from_state_dict(again.state_dict(), heads)(x), answers[0])
+
+
+def test_a_layer_with_wider_values_and_another_input_is_read_from_its_own_state():
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, value_dim=5, context_dim=11)
+    again = from_state_dict(layer.state_dict(), layer.layout, "packed_kv")
+    x, context = torch.randn(s.b, s.n, s.e), torch.randn(s.b, s.m, 11)
+    assert torch.equal(again(x, context), layer(x, context)) and again.layout == layer.layout
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_width_of_values_that_was_not_told_is_refused():
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, value_dim=5)
+    with refused(ValueError, "[6, 3, 8, 5]", "[6, 3, 8]"):
+        from_state_dict(layer.state_dict(), GROUPED)
+    state = {name: tensor for name, tensor in layer.state_dict().items() if name != "_extra_state"}
+    with refused(ValueError, "in_proj.weight", "(87, 20)", "(96, e)"):
+        from_state_dict(state, GROUPED)
+    shared = Dialect(dict(qkv="qkv", o="out"), "h d e", "h d e")
+    with refused(ValueError, "axis of their own", "width 5", "keys 8"):
+        convert_weights(layer.state_dict(), "stacked", shared, layer.layout)
+    with refused(ValueError, "values of width 5"):
+        to_torch(MultiHeadAttention(48, 6, value_dim=5))
+
+
+# Checkpoints as they are: what else stands under a prefix
+
+NORM = partial(nn.RMSNorm, eps=0.1)  # an eps that shows in the answer
+
+
+def normed(**options):
+    "A layer whose norms of queries and keys have weights that differ."
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, qk_norm=NORM, **options)
+    for p in (*layer.q_norm.parameters(), *layer.k_norm.parameters()):
+        nn.init.normal_(p)
+    return layer
+
+
+@pytest.mark.parametrize("names", ["q_norm k_norm", "q_layernorm k_layernorm", "query_norm key_norm", "norm_q norm_k"])
+@pytest.mark.parametrize("dialect", ["stacked", "separate", "gguf", "kernels"])
+def test_norms_are_carried_by_the_names_that_libraries_use(dialect, names):
+    "In a dialect with pairs the rows of a norm move as those of its head, or the rotation met other rows."
+    layer, x = normed(position=RoPE(s.d)), torch.randn(s.b, s.n, s.e)
+    own = {name: p for name, p in layer.state_dict().items() if "norm" not in name}
+    rows = (lambda w: interleave_pairs(w[None])[0]) if dialect == "gguf" else (lambda w: w)
+    norms = {
+        f"{name}.weight": rows(norm.weight.detach()) for name, norm in zip(names.split(), (layer.q_norm, layer.k_norm))
+    }
+    state = named("h.0.attn.", convert_weights(own, "stacked", dialect, GROUPED) | norms)
+    again = from_state_dict(state, GROUPED, dialect, prefix="h.0.attn.", qk_norm=NORM, position=RoPE(s.d))
+    torch.testing.assert_close(again(x), layer(x), atol=1e-6, rtol=0)
+    assert again.q_norm.eps == 0.1 and again.q_norm.weight.device.type == "cpu"
+    guessed = guess_dialect(state, GROUPED, x, layer(x), prefix="h.0.attn.", qk_norm=NORM, position=RoPE(s.d))
+    assert next(iter(guessed)) == dialect and guessed[dialect] < 1e-5
+
+
+@pytest.mark.parametrize("norm", [NORM, nn.LayerNorm, partial(nn.RMSNorm, elementwise_affine=False)])
+def test_a_layer_with_norms_and_plugs_is_read_from_its_own_state(norm):
+    def build():
+        return dict(qk_norm=norm, attend=SinkAttention(s.h))
+
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, **build())
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    again = from_state_dict(layer.state_dict(), GROUPED, **build())
+    x = torch.randn(s.b, s.n, s.e)
+    assert torch.equal(again(x), layer(x))
+    with torch.no_grad():
+        layer.attend.sinks.fill_(7)
+    assert not (again.attend.sinks == 7).any()  # its own memory
+
+
+STRANGERS = {  # what stands beside the projections, and the shortest way to leave it out
+    "BERT": (["output.LayerNorm.weight", "output.LayerNorm.bias"], ("output.LayerNorm",)),
+    "GPT-2": (["bias", "masked_bias"], ("bias", "masked_bias")),
+    "Llama": (["rotary_emb.inv_freq"], ("rotary_emb",)),
+    "T5": (["relative_attention_bias.weight"], ("relative_attention_bias",)),
+    "Flax": (["LayerNorm/scale"], ("LayerNorm",)),
+    "norms": (["q_norm.weight", "k_norm.weight"], ("q_norm", "k_norm")),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_names_that_belong_elsewhere_are_refused_by_name_and_left_out_by_an_argument(case):
+    names, ignore = STRANGERS[case]
+    plain = random_state()
+    state = named("a.", plain | {name: torch.ones(s.d) for name in names}) | {"b.bias": torch.ones(2)}
+    wanted, own = from_state_dict(plain, GROUPED, "separate").state_dict(), dict(prefix="a.")
+    with refused(ValueError, "no place", "ignore=", *names, *(["qk_norm="] if case == "norms" else [])):
+        from_state_dict(state, GROUPED, "separate", **own)
+    for left in (ignore, tuple(names)):  # a stem, or each name
+        got = from_state_dict(state, GROUPED, "separate", **own, ignore=left).state_dict()
+        assert all(torch.equal(tensor, got[name]) for name, tensor in wanted.items()) and got.keys() == wanted.keys()
+        assert fitting_dialects(state, GROUPED, **own, ignore=left) == ["separate", "gguf"]
+    under = {name[2:]: tensor for name, tensor in state.items() if name.startswith("a.")}
+    with refused(ValueError, *names):
+        convert_weights(under, "separate", "stacked", GROUPED)
+    got = convert_weights(under, "separate", "stacked", GROUPED, ignore=ignore)
+    assert_same_bits(got, convert_weights(plain, "separate", "stacked", GROUPED))
+
+
+@pytest.mark.usefixtures("own_messages")
+class TestNamesWithoutAPlace:
+    @pytest.mark.parametrize("ignore", [("output.LayerNrom",), ("q_pro",), ("LayerNorm",), ("",)])
+    def test_a_name_to_leave_out_must_be_there(self, ignore):
+        state = random_state() | {"output.LayerNorm.weight": torch.ones(s.e)}
+        with refused(ValueError, repr(ignore[0]), "output.LayerNorm.weight"):
+            from_state_dict(state, GROUPED, "separate", ignore=ignore)
+
+    def test_two_ways_to_leave_out_one_name(self):
+        state = random_state() | {"output.LayerNorm.weight": torch.ones(s.e)}
+        from_state_dict(state, GROUPED, "separate", ignore=("output", "output.LayerNorm"))
+
+    @pytest.mark.parametrize("ignore", ["output", None, ["output"], (None,), 3])
+    def test_names_to_leave_out_are_a_tuple_of_names(self, ignore):
+        with refused(TypeError, "tuple" if ignore != (None,) else "None"):
+            from_state_dict(random_state(), GROUPED, "separate", ignore=ignore)
+
+    @pytest.mark.parametrize(
+        "names, norm, words",
+        [
+            ({}, NORM, ["qk_norm=", "q_norm.weight"]),
+            ({"q_norm.weight": (s.d,)}, NORM, ["k_norm.weight"]),
+            ({"q_norm.weight": (s.d,), "k_norm.weight": (s.d,)}, nn.LayerNorm, ["q_norm.bias"]),
+            ({"q_norm.weight": (s.h * s.d,), "k_norm.weight": (s.d,)}, NORM, ["(48,)", "(8,)", "q_norm.weight"]),
+            ({"q_norm.bias": (s.d,)}, NORM, ["q_norm.bias"]),
+            ({"norm_q.weight": (s.d,), "q_norm.weight": (s.d,)}, NORM, ["norm_q.weight"]),
+        ],
+    )
+    def test_norms_and_their_weights_go_together(self, names, norm, words):
+        with refused(ValueError, *words):
+            from_state_dict(
+                random_state() | {name: torch.ones(shape) for name, shape in names.items()},
+                GROUPED,
+                "separate",
+                qk_norm=norm,
+            )
+
+    def test_a_plug_of_another_shape(self):
+        state, plug = random_state() | {"attend.sinks": torch.ones(5)}, SinkAttention(s.h)
+        with refused(ValueError, "attend.sinks", "(5,)", "(6,)"):
+            from_state_dict(state, GROUPED, "separate", attend=plug)
+        assert not plug.sinks.any()
+
+
 # Torch's layer
 
 
@@ -632,12 +853,10 @@ class TestRefusedByTorch:
     @pytest.mark.parametrize(
         "options, words",
         [
-            (dict(add_bias_kv=True), ["add_bias_kv"]),
-            (dict(add_zero_attn=True), ["add_zero_attn"]),
             (dict(kdim=20, vdim=30), ["kdim 20", "vdim 30"]),
             (dict(kdim=20), ["kdim 20", "vdim 48"]),
             (dict(dropout=1.0), ["dropout 1.0"]),
-            (dict(add_zero_attn=True, add_bias_kv=True), ["add_bias_kv", "add_zero_attn"]),
+            (dict(kdim=20, dropout=1.0), ["kdim 20", "dropout 1.0"]),
         ],
     )
     def test_what_our_layer_lacks(self, options, words):
@@ -675,7 +894,7 @@ class TestBadWeights:
     @pytest.mark.parametrize(
         "state, error, words",
         [
-            (changed(rotary__inv_freq=torch.ones(4)), ValueError, ["rotary.inv_freq", "q_proj", "out_proj"]),
+            (changed(rotary__inv_freq=torch.ones(4)), ValueError, ["ignore=('rotary.inv_freq',)"]),
             (changed(query__weight=torch.ones(48, 20)), ValueError, ["query.weight", "second weight for q"]),
             (changed(k_proj__weight=torch.ones(48, 20)), ValueError, ["k_proj.weight", "(48, 20)", "(24, e)"]),
             (changed(k_proj__weight=torch.ones(24)), ValueError, ["k_proj.weight", "(24,)", "(24, e)"]),
@@ -699,6 +918,73 @@ class TestBadWeights:
         with refused(error, *words):
             convert_weights(state, "separate", "stacked", GROUPED)
         assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            (dict(weights=[1]), ["weights", "dict"]),
+            (dict(weights=None), ["weights", "None"]),
+            (dict(weights=nn.Linear(2, 2)), ["weights", "dict", "Linear"]),
+            (dict(weights={3: torch.ones(2)}), ["name", "str", "3"]),
+            (dict(weights=changed(q_proj__weight=np.ones((48, 20), "f"))), ["q_proj.weight", "numpy", "from_numpy"]),
+            (dict(weights=changed(q_proj__weight=[[1.0]])), ["q_proj.weight", "list"]),
+            (dict(weights=random_state() | {"q_proj.weight": None}), ["q_proj.weight", "None"]),
+            (dict(weights=random_state() | {"_extra_state": None}), ["head counts", "None"]),
+            (dict(weights=random_state() | {"_extra_state": [6, 3, 8]}), ["head counts", "list"]),
+            (dict(weights=changed(_extra_state=torch.ones(3, device="meta"))), ["head counts", "meta"]),
+            ({"weights": {n: t.to(torch.complex64) for n, t in random_state().items()}}, ["floating", "complex64"]),
+            (dict(heads=(6, 3, 8)), ["HeadLayout", "(6, 3, 8)"]),
+            (dict(heads=None), ["HeadLayout", "None"]),
+            (dict(dialect=3), ["dialect", "3"]),
+            (dict(dialect=None), ["dialect", "None"]),
+            (dict(dialect=["separate"]), ["dialect", "['separate']"]),
+            (dict(prefix=None), ["prefix", "str", "None"]),
+            (dict(prefix=3), ["prefix", "str", "3"]),
+        ],
+    )
+    def test_arguments_of_another_type(self, arguments, words):
+        "By every entry point alike, before anything is made."
+        given = dict(weights=random_state(), heads=GROUPED, dialect="separate", prefix="") | arguments
+        weights, heads, dialect, prefix = given.values()
+        x = torch.randn(s.b, s.n, s.e)
+        calls = [lambda: from_state_dict(weights, heads, dialect, prefix=prefix)]
+        if "prefix" not in arguments:
+            calls += [
+                lambda: convert_weights(weights, dialect, "stacked", heads),
+                lambda: convert_weights(weights, "separate", dialect, heads),
+            ]
+        if "dialect" not in arguments:
+            calls += [
+                lambda: fitting_dialects(weights, heads, prefix=prefix),
+                lambda: guess_dialect(weights, heads, x, x, prefix=prefix),
+            ]
+        for call in calls[: -2 if "head counts" in words or "floating" in words else None]:
+            with refused(TypeError, *words):
+                call()
+
+    @pytest.mark.parametrize("y", [np.ones((2, 5, 20)), None, [1.0]])
+    def test_an_answer_that_is_no_tensor(self, y):
+        state = random_state("stacked")
+        for x, answer, name in ((y, torch.ones(2, 5, 20), "x"), (torch.ones(2, 5, 20), y, "y")):
+            with refused(TypeError, name, "torch.Tensor"):
+                guess_dialect(state, GROUPED, x, answer)
+
+    @pytest.mark.parametrize("saved", [[6, 3], [[6, 3, 8]], [6.5, 3.0, 8.0], 6])
+    def test_saved_head_counts_of_another_form(self, saved):
+        with refused(ValueError, "num_kv_heads", str(saved)):
+            from_state_dict(changed(_extra_state=torch.tensor(saved)), GROUPED, "separate")
+
+    def test_head_counts_are_left_out_by_an_argument(self):
+        state = changed() | {"_extra_state": None}
+        assert from_state_dict(state, GROUPED, "separate", ignore=("_extra_state",)).layout == GROUPED
+
+    @pytest.mark.parametrize("module", [None, nn.Linear(3, 3), MultiHeadAttention(48, 6), {}])
+    def test_only_torchs_layer_is_torchs_layer(self, module):
+        with refused(TypeError, "nn.MultiheadAttention", type(module).__name__):
+            from_torch(module)
+        if not isinstance(module, MultiHeadAttention):
+            with refused(TypeError, "MultiHeadAttention", type(module).__name__):
+                to_torch(module)
 
     def test_saved_head_counts_that_agree(self):
         counts = dict(_extra_state=torch.tensor([6, 3, 8]))
@@ -755,10 +1041,16 @@ class TestBadWeights:
             (dict(pairs="neox"), ["pairs", "'neox'", "half_split", "interleaved"]),
             (dict(axes="h d"), ["axes", "'h d'", "hd e"]),
             (dict(out_axes="e"), ["out_axes", "'e'", "e hd"]),
+            (dict(names="qkvo"), ["names", "dict", "'qkvo'"]),
+            (dict(names=None), ["names", "dict", "None"]),
+            (dict(weight=None), ["weight", "str", "None"]),
+            (dict(bias=3), ["bias", "str", "3"]),
+            (dict(rotary_dim=4.0), ["rotary_dim", "int", "4.0"]),
+            (dict(axes=None), ["axes", "None", "hd e"]),
         ],
     )
     def test_dialects_that_cannot_be(self, options, words):
-        with refused(ValueError, *words):
+        with refused((TypeError, ValueError), *words):
             Dialect(**dict(names=dict(qkv="qkv", o="o")) | options)
 
 

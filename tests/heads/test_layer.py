@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mha_book.heads.dialects import from_torch
 from mha_book.heads.layer import MultiHeadAttention, commit_once
+from mha_book.heads.masks import from_torch
 from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
 from mha_book.plugs.cache import KVCache

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mha_book.heads.dialects import from_torch
 from mha_book.heads.layer import MultiHeadAttention
+from mha_book.heads.masks import from_torch
 from mha_book.heads.single_head import fused_attend
 from mha_book.instruments.testing import SIZES, assert_as_exact
 from mha_book.instruments.tolerance import (

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mha_book.heads.dialects import to_torch
 from mha_book.heads.layer import MultiHeadAttention
+from mha_book.heads.masks import to_torch
 from mha_book.instruments.gradients import gradient_report
 from mha_book.instruments.testing import SIZES, reference_attention
 from mha_book.kernels.backends import attention, attention_logits, attention_weights

@@ -4,13 +4,24 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mha_book import ALiBi, LearnedPositions, MultiHeadAttention, RelativeBias, sinusoidal_positions
+from mha_book import (
+    ALiBi,
+    LearnedPositions,
+    MultiHeadAttention,
+    RelativeBias,
+    RoPE,
+    RoPELinearScaling,
+    RoPEYaRNScaling,
+    rotate_by_tables,
+    sinusoidal_positions,
+)
 from mha_book.instruments.testing import SIZES
 from mha_book.kernels.backends import attention
 from mha_book.plugs.positions import alibi_slopes, distances, relative_buckets
@@ -266,3 +277,168 @@ class TestRefused:
     def test_with_numbers(self, act, error, words):
         with refused(error, *words):
             act()
+
+
+# What may be called a place
+
+
+def some_table(dtype=torch.float32):
+    return LearnedPositions(s.m, s.e, dtype=dtype)
+
+
+PLACED = {  # whatever knows places, called with an offset for two rows of four tokens
+    "LearnedPositions": lambda offset: some_table()(torch.randn(2, 4, s.e), offset=offset),
+    "RoPE": lambda offset: RoPE(s.d)(*torch.randn(2, 2, s.h, 4, s.d), offset=offset),
+    "RoPE, scaled": lambda offset: RoPE(s.d, frequencies=RoPELinearScaling(2))(
+        *torch.randn(2, 2, s.h, 4, s.d), offset=offset
+    ),
+    "tables": lambda offset: rotate_by_tables(
+        *torch.randn(2, 2, s.h, 4, s.d), cos=torch.ones(9, 4), sin=torch.ones(9, 4), offset=offset
+    ),
+    "qkv": lambda offset: MultiHeadAttention(s.e, s.h, head_dim=s.d).qkv(torch.randn(2, 4, s.e), offset=offset),
+    "qkv of a layer with RoPE": lambda offset: MultiHeadAttention(s.e, s.h, head_dim=s.d, position=RoPE(s.d)).qkv(
+        torch.randn(2, 4, s.e), offset=offset
+    ),
+}
+NO_PLACES = {
+    "a float": (1.5, TypeError, ["1.5"]),
+    "a float that is whole": (2.0, TypeError, ["2.0"]),
+    "a truth value": (True, TypeError, ["True"]),
+    "None": (None, TypeError, ["None"]),
+    "a str": ("2", TypeError, ["'2'"]),
+    "a list": ([1, 2], TypeError, ["[1, 2]"]),
+    "numpy's int": (np.int64(2), TypeError, ["int64"]),
+    "numpy's array": (np.array([0, 1]), TypeError, ["array"]),
+    "no axes": (torch.tensor(2), ValueError, ["()", "(2,)"]),
+    "one for two": (torch.tensor([2]), ValueError, ["(1,)", "(2,)"]),
+    "three for two": (torch.tensor([0, 1, 2]), ValueError, ["(3,)", "(2,)"]),
+    "two axes": (torch.tensor([[0], [1]]), ValueError, ["(2, 1)", "(2,)"]),
+    "a tensor of floats": (torch.tensor([0.0, 1.0]), TypeError, ["float32", "whole"]),
+    "a tensor of truth values": (torch.tensor([True, False]), TypeError, ["bool", "whole"]),
+    "complex": (torch.tensor([1j, 2]), TypeError, ["complex64"]),
+    "another device": (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, ["meta", "cpu"]),
+    "beyond int64": (2**70, ValueError, [str(2**70)]),
+}
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("call", PLACED)
+@pytest.mark.parametrize("kind", NO_PLACES)
+def test_what_is_no_place_is_refused_by_all_that_know_places(call, kind):
+    offset, error, words = NO_PLACES[kind]
+    if call == "qkv" and isinstance(offset, int) and not isinstance(offset, bool):
+        return  # an int, however large: without a position nothing is placed
+    with refused(error, "offset", *words):
+        PLACED[call](offset)
+
+
+@pytest.mark.parametrize("call", PLACED)
+@pytest.mark.parametrize("offset", [0, 2, -3, torch.tensor([0, 2]), torch.tensor([2, -3], dtype=torch.int32)])
+def test_what_is_a_place_is_taken_by_all_that_know_places(call, offset):
+    PLACED[call](offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_the_table", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_keep_their_dtype(dtype, of_the_table):
+    "The sum is taken in the wider dtype and rounded once."
+    table, x = some_table(of_the_table), torch.randn(s.b, s.n, s.e).to(dtype)
+    got = table(x, offset=1)
+    assert got.dtype == dtype
+    assert (
+        torch.equal(got, (x.double() + table.weight[1 : s.n + 1].double()).to(dtype))
+        or (got.double() - x.double() - table.weight[1 : s.n + 1].double()).abs().max() < 8 * torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize(
+    "act, error, words",
+    [
+        (lambda: some_table()(torch.zeros(2, 4, 8)), ValueError, ["(2, 4, 8)", "20"]),
+        (lambda: some_table()(torch.zeros(4, s.e)), ValueError, ["(4, 20)", "batch"]),
+        (lambda: some_table()(torch.zeros(1, 2, 4, s.e)), ValueError, ["(1, 2, 4, 20)", "batch"]),
+        (lambda: some_table()(torch.zeros(2, 4, s.e, dtype=torch.int64)), TypeError, ["int64", "embeddings"]),
+        (lambda: some_table()(torch.zeros(2, 4, s.e, dtype=torch.complex64)), TypeError, ["complex64"]),
+        (lambda: some_table()(np.zeros((2, 4, s.e))), TypeError, ["x", "numpy", "from_numpy"]),
+        (lambda: some_table()(None), TypeError, ["x", "NoneType"]),
+        (lambda: some_table()(torch.zeros(2, 4, s.e, device="meta")), ValueError, ["meta", "cpu"]),
+        (lambda: sinusoidal_positions(torch.ones(3), 8), TypeError, ["places", "float32"]),
+        (lambda: sinusoidal_positions(torch.ones(3) > 0, 8), TypeError, ["places", "bool"]),
+        (lambda: sinusoidal_positions(np.arange(3), 8), TypeError, ["places", "from_numpy"]),
+        (lambda: sinusoidal_positions(3, 8), TypeError, ["places", "int"]),
+        (lambda: sinusoidal_positions(torch.arange(3), 8, 0), ValueError, ["base 0"]),
+        (lambda: sinusoidal_positions(torch.arange(3), 8, "big"), TypeError, ["base", "'big'"]),
+        (lambda: sinusoidal_positions(torch.arange(3), 8, dtype=torch.int64), TypeError, ["dtype", "int64"]),
+        (lambda: relative_buckets(torch.ones(3)), TypeError, ["distances", "float32"]),
+        (lambda: relative_buckets(np.arange(3)), TypeError, ["distances", "from_numpy"]),
+        (lambda: relative_buckets(torch.arange(3), 32.0), TypeError, ["num_buckets", "32.0"]),
+        (lambda: relative_buckets(torch.arange(3), 32, True), TypeError, ["max_distance", "True"]),
+        (lambda: RelativeBias(6, bidirectional="no"), TypeError, ["bidirectional", "'no'"]),
+        (lambda: RelativeBias(6, bidirectional=1), TypeError, ["bidirectional", "1"]),
+        (lambda: RelativeBias(6, max_distance=128.0), TypeError, ["max_distance", "128.0"]),
+        (lambda: RoPE(8)(*torch.zeros(2, 2, 6, 5, 8, dtype=torch.int64)), TypeError, ["query", "int64"]),
+        (lambda: RoPE(8)(torch.zeros(2, 6, 5, 8), torch.zeros(3, 6, 5, 8)), ValueError, ["batch", "2", "3"]),
+        (lambda: RoPEYaRNScaling(8, 32, truncate="no"), TypeError, ["truncate", "'no'"]),
+        (lambda: RoPELinearScaling(8)(8.0), TypeError, ["rotary_dim", "8.0"]),
+    ],
+)
+def test_what_positions_are_not_made_of(act, error, words):
+    with refused(error, *words):
+        act()
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_table_compiles_whole_with_a_place_for_each_row():
+    table, x = some_table(), torch.randn(s.b, s.n, s.e)
+    whole = torch.compile(lambda x, offset: table(x, offset=offset), fullgraph=True, backend="eager")
+    for offset in (1, torch.tensor([2, -1])):
+        assert torch.equal(whole(x, offset), table(x, offset=offset))
+
+
+def test_a_table_maps_over_offsets():
+    table, x = some_table(), torch.randn(3, s.b, s.n, s.e)
+    offset = torch.tensor([[0, 1], [2, -1], [1, 1]])
+    got = torch.func.vmap(lambda x, o: table(x, offset=o))(x, offset)
+    assert torch.equal(got, torch.stack([table(a, offset=o) for a, o in zip(x, offset)]))
+
+
+# Made on meta
+
+
+MADE = {
+    "LearnedPositions": lambda **like: LearnedPositions(400, 32, **like),
+    "RelativeBias": lambda **like: RelativeBias(s.h, **like),
+    "ALiBi": lambda device=None: ALiBi(s.h),
+    "layer": lambda **like: MultiHeadAttention(
+        s.e, s.h, head_dim=s.d, position=RoPE(s.d), attend=RelativeBias(s.h, **like), **like
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_was_made_on_meta_starts_as_the_constructor_has_it(name):
+    "After `to_empty`, each module resets its own parameters and no other's; what is no parameter is still right."
+    torch.manual_seed(0)
+    built, made = MADE[name](), MADE[name](device="meta")
+    assert not [*made.buffers()]  # nothing that `to_empty` would lose
+    made.to_empty(device="cpu")
+    for p in made.parameters():
+        p.data.fill_(torch.nan)
+    for part in made.modules():
+        own = {id(p) for p in part.parameters(recurse=False)}
+        others = [p.clone() for p in made.parameters() if id(p) not in own]
+        if own and type(part).__module__.startswith("mha_book.plugs"):
+            part.reset_parameters()
+            after = [p for p in made.parameters() if id(p) not in own]
+            assert all(torch.equal(a, b) or a.isnan().all() and b.isnan().all() for a, b in zip(others, after))
+            assert not any(p.isnan().any() for p in part.parameters(recurse=False))
+    if name == "LearnedPositions":
+        assert made.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert built.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    if name == "RelativeBias":
+        assert not made.weight.any()
+    if name == "layer":
+        assert not made.attend.weight.any() and made.position == built.position
+    if name == "ALiBi":
+        assert made.slopes == built.slopes

@@ -4,6 +4,8 @@ import cmath
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 
@@ -22,9 +24,11 @@ from mha_book import (
     RoPEYaRNScaling,
     convert_weights,
     from_state_dict,
+    rotate_by_tables,
 )
 from mha_book.heads.dialects import DIALECTS
 from mha_book.instruments.testing import SIZES
+from mha_book.plugs.cache import KVCache
 from mha_book.plugs.rope import rope_frequencies, rotate_pairs
 from support.padded_cache import PaddedCache
 from support.refusals import refused
@@ -298,3 +302,213 @@ class TestRefused:
     def test_when_it_is_called(self, q, k, offset, error, words):
         with refused(error, *words):
             RoPE(8)(torch.zeros(q), torch.zeros(k), offset=offset)
+
+
+# Cosines and sines that are given
+
+
+def tables(places, width=s.d, dtype=torch.float64):
+    "A row for each place, a number for each pair."
+    angles = torch.arange(places, dtype=torch.float64)[:, None] * rope_frequencies(width)
+    return dict(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
+
+
+def doubled(given, pairing):
+    "A number for each number that turns, as Transformers has it."
+    twice = (lambda t: torch.cat([t, t], -1)) if pairing == "half_split" else (lambda t: t.repeat_interleave(2, -1))
+    return {name: twice(t) for name, t in given.items()}
+
+
+@PAIRINGS
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("each", ["pair", "number"])
+@pytest.mark.parametrize("n", [s.n, s.m, 1])
+def test_given_tables_turn_as_rope_does(pairing, width, each, n):
+    given = tables(50, width)
+    given = doubled(given, pairing) if each == "number" else given
+    q, k = random(s.b, s.h, n, s.d), random(s.b, s.g, s.m, s.d)
+    rope, by_tables = (
+        RoPE(s.d, rotary_dim=width, pairing=pairing),
+        partial(rotate_by_tables, **given, rotary_dim=width, pairing=pairing),
+    )
+    for offset in (0, 7, 43, torch.tensor([3, 40])):
+        for got, wanted in zip(by_tables(q, k, offset=offset), rope(q, k, offset=offset)):
+            close(got, wanted)
+
+
+@PAIRINGS
+def test_ids_say_where_each_token_stands(pairing):
+    "In any order, the same for all rows or one a row; and rows that were looked up already."
+    given, frequencies = tables(50), rope_frequencies(s.d).tolist()
+    q, k = random(s.b, s.h, s.n, s.d), random(s.b, s.g, s.m, s.d)
+    for ids in (torch.randint(50, (s.b, s.m)), torch.randint(50, (1, s.m), dtype=torch.int32)):
+        places = ids.expand(s.b, -1)
+        wanted = (
+            turned(q, places[:, s.m - s.n :].tolist(), frequencies, pairing),
+            turned(k, places.tolist(), frequencies, pairing),
+        )
+        rows = {name: table[ids] for name, table in given.items()}
+        for call in (
+            partial(rotate_by_tables, **given, position_ids=ids),
+            partial(rotate_by_tables, **rows),
+            partial(rotate_by_tables, **doubled(rows, pairing), offset=9),
+        ):
+            for got, want in zip(call(q, k, pairing=pairing), wanted):
+                close(got, want)
+
+
+@PAIRINGS
+@pytest.mark.parametrize("width", [None, 4])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_given_tables_turn_as_onnx_does(pairing, width, with_ids):
+    "torch's own reading of ONNX's RotaryEmbedding."
+    given, x = tables(50, width or s.d), random(s.b, s.h, s.n, s.d)
+    ids = torch.randint(50, (s.b, s.n))
+    if not with_ids:
+        given, ids = {name: table[ids] for name, table in given.items()}, None
+    wanted = torch.onnx.ops.rotary_embedding(
+        x, given["cos"], given["sin"], ids, interleaved=pairing == "interleaved", rotary_embedding_dim=width or 0
+    )
+    got, again = rotate_by_tables(x, x, **given, position_ids=ids, rotary_dim=width, pairing=pairing)
+    close(got, wanted)
+    assert torch.equal(got, again)
+
+
+def test_given_tables_serve_a_layer_with_a_cache():
+    layer = MultiHeadAttention(
+        s.e, s.h, num_kv_heads=s.g, head_dim=s.d, position=partial(rotate_by_tables, **tables(50)), dtype=torch.float64
+    )
+    x, cache = random(s.b, s.m, s.e), KVCache(s.b, s.g, s.m, s.d, dtype=torch.float64)
+    whole = layer(x, is_causal=True)
+    close(torch.cat([layer(part, is_causal=True, cache=cache) for part in (x[:, :3], x[:, 3:4], x[:, 4:])], 1), whole)
+    layer.position = RoPE(s.d)
+    close(layer(x, is_causal=True), whole)
+    close(layer(x[:, -2:], context=x, is_causal=True), whole[:, -2:])
+
+
+def test_padding_before_place_0_has_row_0():
+    q = random(s.b, s.h, s.n, s.d)
+    got, _ = rotate_by_tables(q, q, **tables(9), offset=torch.tensor([-2, 0]))
+    want, _ = rotate_by_tables(q, q, **tables(9), position_ids=torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_given_tables_turn_in_float32_at_least(dtype):
+    q = random(s.b, s.h, s.n, s.d).to(dtype)
+    got, _ = rotate_by_tables(q, q, **tables(9, dtype=dtype))
+    want = turned(q.double(), [range(s.n)] * s.b, FREQUENCIES, "half_split")
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 20 * torch.finfo(dtype).eps
+    assert rotate_by_tables(q, q, **tables(9))[0].dtype == torch.float64  # as wide as the tables
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_given_tables_compile_and_work_without_numbers():
+    q, k, ids = torch.randn(s.b, s.h, s.n, s.d), torch.randn(s.b, s.g, s.m, s.d), torch.randint(9, (s.b, s.m))
+    given = tables(9, dtype=torch.float32)
+    for options in (dict(position_ids=ids), dict(offset=2), dict(offset=torch.tensor([2, 0]))):
+        call = partial(rotate_by_tables, **given, **options)
+        for got, want in zip(torch.compile(call, fullgraph=True, backend="eager")(q, k), call(q, k)):
+            torch.testing.assert_close(got, want)
+    there = rotate_by_tables(q.to("meta"), k.to("meta"), **{name: t.to("meta") for name, t in given.items()})
+    assert [t.shape for t in there] == [q.shape, k.shape]
+
+
+GIVEN = dict(q=torch.zeros(2, 6, 5, 8), k=torch.zeros(2, 3, 7, 8), cos=torch.ones(9, 4), sin=torch.ones(9, 4))
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (dict(q=torch.zeros(2, 6, 8, 8)), ValueError, ["(2, 6, 8, 8)", "(2, 3, 7, 8)", "no more queries"]),
+        (dict(q=torch.zeros(6, 5, 8)), ValueError, ["(6, 5, 8)", "batch"]),
+        (dict(k=torch.zeros(3, 3, 7, 8)), ValueError, ["batch", "2", "3"]),
+        (dict(q=torch.zeros(2, 6, 5, 8).long()), TypeError, ["query", "int64"]),
+        (dict(cos=torch.ones(9, 3)), ValueError, ["cos", "(9, 3)", "8", "half"]),
+        (dict(cos=torch.ones(9)), ValueError, ["cos", "(9,)"]),
+        (dict(sin=torch.ones(9, 8)), ValueError, ["cos and sin", "(9, 4)", "(9, 8)"]),
+        (dict(sin=torch.ones(9, 4).double()), ValueError, ["float32", "float64"]),
+        (dict(sin=torch.ones(9, 4, device="meta")), ValueError, ["meta", "cpu"]),
+        (dict(cos=torch.ones(9, 4).long()), TypeError, ["cos", "int64"]),
+        (dict(cos=[[1.0]]), TypeError, ["cos", "list"]),
+        (dict(cos=torch.ones(2, 5, 4)), ValueError, ["cos", "(2, 5, 4)", "(2, 7)"]),
+        (dict(position_ids=torch.zeros(2, 5).long()), ValueError, ["position_ids", "(2, 5)", "(2, 7)"]),
+        (dict(position_ids=torch.zeros(7).long()), ValueError, ["position_ids", "(7,)"]),
+        (dict(position_ids=torch.zeros(2, 7)), TypeError, ["position_ids", "float32", "whole"]),
+        (dict(position_ids=[[0]]), TypeError, ["position_ids", "list"]),
+        (dict(position_ids=torch.full((2, 7), 9)), ValueError, ["places 9 to 9", "0 to 8"]),
+        (dict(position_ids=torch.full((2, 7), -1)), ValueError, ["places -1 to -1", "0 to 8"]),
+        (
+            dict(cos=torch.ones(2, 7, 4), sin=torch.ones(2, 7, 4), position_ids=torch.zeros(2, 7).long()),
+            ValueError,
+            ["position_ids", "rank 3"],
+        ),
+        (dict(offset=3), ValueError, ["offset 3", "7 keys", "0 to 8"]),
+        (dict(offset=torch.tensor([0, 3])), ValueError, ["places", "0 to 8"]),
+        (dict(rotary_dim=3), ValueError, ["rotary_dim 3", "even"]),
+        (dict(rotary_dim=10), ValueError, ["rotary_dim 10", "head_dim 8"]),
+        (dict(rotary_dim=4.0), TypeError, ["rotary_dim", "4.0"]),
+        (dict(pairing="neox"), ValueError, ["'neox'", "half_split"]),
+    ],
+)
+def test_tables_that_do_not_fit(arguments, error, words):
+    with refused(error, *words):
+        rotate_by_tables(**GIVEN | arguments)
+
+
+# Sharded over devices
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from functools import partial
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from mha_book import RoPE, RoPEYaRNScaling, rotate_by_tables
+rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(file, world), rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+torch.manual_seed(0)
+q, k = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 7, 8)
+cos, sin = torch.rand(2, 20, 4)
+plugs = [RoPE(8), RoPE(8, pairing="interleaved", rotary_dim=4),
+         RoPE(8, frequencies=RoPEYaRNScaling(4, 8), magnitude=1.1),
+         partial(rotate_by_tables, cos=cos, sin=sin),
+         partial(rotate_by_tables, cos=cos, sin=sin, position_ids=torch.randint(20, (2, 7)))]
+for plug in plugs:
+    for placement in Shard(0), Shard(1), Replicate():
+        for keys in k, k[:, :, :5]:
+            ours = [distribute_tensor(t, mesh, [placement]).requires_grad_() for t in (q, keys)]
+            plain = [t.clone().requires_grad_() for t in (q, keys)]
+            for offset in 3, torch.tensor([1, 4]):
+                if isinstance(plug, partial) and keys is not k:
+                    options = {**plug.keywords}
+                    if "position_ids" in options:
+                        options["position_ids"] = options["position_ids"][:, :5]
+                    call = partial(rotate_by_tables, **options)
+                else:
+                    call = plug
+                got, want = call(*ours, offset=offset), call(*plain, offset=offset)
+                for one, other in zip(got, want):
+                    assert isinstance(one, DTensor) and one.placements == (placement,), one
+                    torch.testing.assert_close(one.full_tensor(), other)
+                sum(t.square().sum() for t in got).full_tensor().backward()
+                sum(t.square().sum() for t in want).backward()
+            for one, other in zip(ours, plain):
+                torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+dist.destroy_process_group()
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.parametrize("world", [1, 2])
+def test_sharded_queries_and_keys_are_turned_where_they_are(world, tmp_path):
+    "Batch or heads over devices: the numbers of the plain tensors, sharded as they were."
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED]
+    running = [
+        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], stdout=-1, stderr=-1, text=True)
+        for rank in range(world)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert out == "the same\n", err[-2000:]

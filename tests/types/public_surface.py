@@ -38,6 +38,7 @@ attends: list[Attend] = [
     SinkAttention(4),
     RelativeBias(4),
     ALiBi(4),
+    mha_book.ExtraKeys(4, 8),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 positions: list[Position] = [RoPE(16), *(RoPE(16, frequencies=scaling) for scaling in scalings)]
