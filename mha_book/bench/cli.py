@@ -7,6 +7,7 @@ what would do. A command that is broken off writes what was measured, and says s
 import argparse
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from ..models.encoder import package_file
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
 from .contests import announce, hold_suite
-from .ending import STOPS, exit_code, is_watched, reason, say, to_the_end, undisturbed, warn
+from .ending import STOPS, exit_code, give_up, is_watched, reason, say, to_the_end, undisturbed, warn
 from .files import check_writable
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
@@ -270,7 +271,9 @@ def _keep(
     outcome = f"what was measured is {outcome}" if found else "nothing was measured, and nothing is written"
     for error in filter(None, (stop, late)):
         warn("\n" * is_watched() + f"{reason(error)}; {outcome}")
-    if found and not isinstance(stop, OSError):  # somebody still reads
+    if isinstance(stop, OSError):  # nobody reads any more
+        give_up(sys.stdout)
+    elif found:
         lines = [show()] if show else []
         lines += [f"\nwritten: {args.json}" if written else "\nnot written: no --json"] if late is None else []
         say("\n".join(lines))
