@@ -7,6 +7,7 @@ what would do. A command that is broken off writes what was measured, and says s
 import argparse
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from ..models.encoder import package_file
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
 from .contests import announce, hold_suite
-from .ending import STOPS, exit_code, is_watched, reason, say, to_the_end, undisturbed, warn
+from .ending import STOPS, exit_code, give_up, is_watched, reason, say, to_the_end, undisturbed, warn
 from .files import check_writable
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
@@ -262,19 +263,23 @@ def _keep(
     stop: BaseException | None,  # what broke the command off
     show: Callable[[], str] | None = None,  # what is printed in the end
 ) -> int:
-    "Write down what was measured, whatever broke the command off; then tell and show it: an exit code."
-    written, late = False, None
+    "Write down what was measured, whatever broke the command off; then show it, and say how it ended: an exit code."
+    written, faults = False, [stop]
     if found and args.json is not None:  # first of all, whatever happens to the screen
         written, late = _write(args, kind, found)
+        faults.append(late)
+    if found and not isinstance(stop, OSError):  # somebody still reads
+        last = f"written: {args.json}" if written else "" if args.json is not None else "not written: no --json"
+        try:
+            say("\n".join([show() if show else "", last]).rstrip(), flush=True)
+        except OSError as unread:
+            faults.append(unread)
     outcome = f"in {args.json}" if written else "not in a file"
     outcome = f"what was measured is {outcome}" if found else "nothing was measured, and nothing is written"
-    for error in filter(None, (stop, late)):
-        warn("\n" * is_watched() + f"{reason(error)}; {outcome}")
-    if found and not isinstance(stop, OSError):  # somebody still reads
-        lines = [show()] if show else []
-        lines += [f"\nwritten: {args.json}" if written else "\nnot written: no --json"] if late is None else []
-        say("\n".join(lines))
-    return max(exit_code(stop), exit_code(late))
+    for fault in filter(None, faults):
+        warn("\n" * is_watched() + f"{reason(fault)}; {outcome}")
+    give_up(sys.stdout)
+    return max(map(exit_code, faults))
 
 
 def _write(args: argparse.Namespace, kind: type[Origin], found: dict) -> tuple[bool, BaseException | None]:

@@ -1,5 +1,7 @@
 """Holding a contest: its calls are timed in turns, its table is printed as soon as it is there."""
 
+from contextlib import suppress
+
 import torch
 
 from ..instruments.device import benchmark
@@ -80,9 +82,10 @@ def announce(origin: dict, dtype: str, machine: Machine) -> None:
             f"WARNING: this machine is busy (load {load} on {cores} cores); the numbers "
             f"will show its neighbours too. The file will say so."
         )
-    say(
-        f"{origin['device']['name']}, {dtype}, torch {torch.__version__}; "
-        f"measured: {machine.flops / 1e9:,.0f} GFLOP/s in products, "
-        f"{machine.bandwidth / 1e9:,.0f} GB/s\n"
-        "ratio: time over the first row's, with the middle half of the rounds; = is no difference"
-    )
+    with suppress(BrokenPipeError):  # whoever reads no results is noticed at the first one, when it is there to be kept
+        say(
+            f"{origin['device']['name']}, {dtype}, torch {torch.__version__}; "
+            f"measured: {machine.flops / 1e9:,.0f} GFLOP/s in products, "
+            f"{machine.bandwidth / 1e9:,.0f} GB/s\n"
+            "ratio: time over the first row's, with the middle half of the rounds; = is no difference"
+        )

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # What ends a command
 
@@ -91,7 +91,7 @@ def warn(text: str, end: str = "\n") -> None:
         if sys.stderr is not None:
             print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):  # it was closed
-        _give_up(sys.stderr)
+        give_up(sys.stderr)
 
 
 def is_watched() -> bool:
@@ -100,24 +100,21 @@ def is_watched() -> bool:
 
 
 def say(text: str, end: str = "\n", flush: bool = False) -> None:
-    "Print a result. Raises OSError where it cannot be delivered; then nothing more is."
-    if getattr(sys.stdout, "closed", False):
-        return
-    try:
+    "Print a result. Raises OSError where it cannot be delivered; whoever catches that calls `give_up`."
+    if not getattr(sys.stdout, "closed", False):
         print(text + end, end="", flush=flush)  # at once: who has read the first line may leave
-    except OSError:
-        _give_up(sys.stdout)
-        raise
 
 
-def _give_up(stream: object) -> None:
-    "Send what is still to come, at the end of the program too, to nobody."
+def give_up(stream: object) -> None:
+    "Where what was printed cannot be delivered, send it and what is still to come to nobody: there is a last flush."
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError, AttributeError):  # no file stands behind it
-        pass
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # no file stands behind it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 # A command
@@ -132,5 +129,6 @@ def to_the_end(command: Callable[[], int]) -> int:  # an exit code
             finally:  # --help and --version, too, are to be read by somebody
                 say("", end="", flush=True)
         except (KeyboardInterrupt, OSError) as stop:
+            give_up(sys.stdout)
             warn("\n" * is_watched() + f"mha-book: {reason(stop)}")
             return exit_code(stop)

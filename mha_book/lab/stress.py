@@ -85,7 +85,7 @@ def sequences(
     """Random tokens whose second half repeats the first; the same on every device. Raises
     ValueError for a device that is not there, when the first batch is asked for.
     """
-    device = torch.get_default_device() if device is None else pick_device(device)
+    device = None if device is None else pick_device(device)
     generator = torch.Generator("cpu").manual_seed(2**31 + seed)    # not that of the weights
     while True:
         first = torch.randint(training.vocab, (training.batch, training.tokens // 2),

@@ -174,13 +174,15 @@ def nobody_reads(monkeypatch, name):
 
 
 @pytest.mark.parametrize("command", LINES)
-def test_output_into_a_pipe_that_is_closed(steps, tmp_path, capfd, monkeypatch, command):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_output_into_a_pipe_that_is_closed(steps, tmp_path, capfd, monkeypatch, command, at_once):
     line = LINES[command].format(tmp_path).split()
     with monkeypatch.context() as patch, nobody_reads(patch, "stdout"):
+        sys.stdout.reconfigure(write_through=at_once)  # as with PYTHONUNBUFFERED
         assert main(line) == 141
     assert kept(Path(line[-1])) == (1 if command == "bench" else 3)  # the others print in the end
     said = [line for line in capfd.readouterr().err.splitlines() if "WARNING" not in line]
-    assert len(said) == 1 and "nobody reads the output any more" in said[0]
+    assert said == [f"stopped, for nobody reads the output any more; what was measured is in {line[-1]}"]
 
 
 @pytest.mark.parametrize("command", LINES)
@@ -215,16 +217,16 @@ def test_as_a_program_it_leaves_no_traceback_and_no_message_of_the_interpreter(t
     line = LINES["bench"].format(tmp_path).split()
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     runs = {}
-    for words in (line, ["--help"]):
+    for name, words in dict(buffered=line, plain=[*line[:-1], f"{tmp_path}/n.json"], help=["--help"]).items():
         end, start = os.pipe()
         os.close(end)
-        command = [sys.executable, "-c", STUB, *words]
-        runs[words[0]] = subprocess.Popen(command, stdout=start, stderr=subprocess.PIPE, text=True, env=env)
+        command = [sys.executable, *["-u"] * (name == "plain"), "-c", STUB, *words]
+        runs[name] = subprocess.Popen(command, stdout=start, stderr=subprocess.PIPE, text=True, env=env)
         os.close(start)
     for run in runs.values():
         said = [line for line in run.communicate(timeout=120)[1].splitlines() if "WARNING" not in line]
         assert run.returncode == 141 and len(said) == 1 and "nobody reads" in said[0], said
-    assert kept(tmp_path / "m.json") == 1
+    assert kept(tmp_path / "m.json") == kept(tmp_path / "n.json") == 1
 
 
 # The parts

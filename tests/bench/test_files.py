@@ -1,5 +1,6 @@
 """Writing a file: links, modes, owners and names stay, what is no file is refused, and what fails changes nothing."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -12,6 +13,7 @@ import pytest
 
 from mha_book.bench import files
 from mha_book.bench.files import check_writable, write_text
+from support.mutants_files import WRITERS
 from support.refusals import refused
 
 pytestmark = pytest.mark.usefixtures("own_messages")
@@ -219,15 +221,21 @@ def is_as_it_was(path, text):
     assert there == text and {one.name for one in path.parent.iterdir()} <= {"m.json"}
 
 
-def test_a_full_disk_changes_nothing(target):
-    path, text = target
+@contextlib.contextmanager
+def small_files():
+    "No file may grow beyond 1000 bytes."
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow beyond
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError) as error:
-            write_text(path, "x" * 5000)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_changes_nothing(target):
+    path, text = target
+    with small_files(), pytest.raises(OSError) as error:
+        write_text(path, "x" * 5000)
     assert error.value.errno == errno.EFBIG
     is_as_it_was(path, text)
 
@@ -250,3 +258,45 @@ def test_a_text_that_cannot_be_encoded_changes_nothing(target):
     with pytest.raises(UnicodeEncodeError):
         write_text(target[0], "\ud800")
     is_as_it_was(*target)
+
+
+# Each of the wrong writers is noticed
+
+
+def faults(write, folder):
+    "What a writer breaks."
+    names = "link", "mode", "second name", "full disk"
+    paths = {name: folder / name.replace(" ", "-") for name in names}
+    for path in paths.values():
+        path.write_text("old")
+        path.chmod(0o600)
+    (folder / "to").symlink_to(paths["link"])
+    os.link(paths["second name"], folder / "twin")
+    os.mkfifo(folder / "pipe")
+    write(folder / "to", NEW)
+    for name in ("mode", "second name"):
+        write(paths[name], NEW)
+    with contextlib.suppress(OSError), small_files():
+        write(paths["full disk"], "x" * 5000)
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)  # somebody who would read
+    with contextlib.suppress(ValueError):
+        write(folder / "pipe", NEW)
+    right = {
+        "link": (folder / "to").is_symlink() and paths["link"].read_text(encoding="utf8") == NEW,
+        "mode": stat.S_IMODE(paths["mode"].stat().st_mode) == 0o600,
+        "second name": (folder / "twin").read_text(encoding="utf8") == NEW,
+        "full disk": paths["full disk"].read_text() == "old",
+        "pipe": stat.S_ISFIFO((folder / "pipe").lstat().st_mode) and os.read(reader, 1) == b"",
+    }
+    os.close(reader)
+    return {name for name, stays in right.items() if not stays}
+
+
+def test_ours_breaks_nothing(tmp_path):
+    assert faults(write_text, tmp_path) == set()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_that_breaks_something_is_noticed(tmp_path, name):
+    write, broken = WRITERS[name].apply()
+    assert faults(write, tmp_path) >= broken
