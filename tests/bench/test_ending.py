@@ -32,6 +32,17 @@ LINES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def at_a_terminal():
+    "Signals do what they do at a terminal: a shell starts what it puts into the background deaf to Ctrl-C."
+    before = {number: signal.getsignal(number) for number in ending.ENDING}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, old in before.items():
+        signal.signal(number, old)
+
+
 @pytest.fixture
 def steps(monkeypatch):
     "What the commands measure, in three steps that take no time; one that is named in `fails` does that instead."
