@@ -349,7 +349,8 @@ def _more_than_rows(proj: nn.Module) -> str | None:
     own = [proj._parameters.get(name, 0) for name in ("weight", "bias")]
     linear = isinstance(proj, nn.Linear) and kind.forward is nn.Linear.forward
     if not linear or not all(p is None or type(p) is nn.Parameter for p in own):
-        return (f"is {kind.__name__}, whose rows are not its own: take off what wraps or "
+        held = f" of {type(own[0]).__name__}" if linear and isinstance(own[0], Tensor) else ""
+        return (f"is {kind.__name__}{held}, whose rows are not its own: take off what wraps or "
                 f"computes it (an adapter, a parametrization, a quantisation, a sharding) "
                 f"first")
     if "forward" in vars(proj) or kind.__call__ is not nn.Module.__call__:
@@ -392,18 +393,18 @@ def cut_heads(layer: StackedProjections, name: str, y: Tensor) -> tuple[Tensor, 
 
 
 def project_heads(layer: StackedProjections, x: Tensor, context: Tensor | None,
-             value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+                  value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values of up to three inputs: a projection is called once for each."
     keys = x if context is None else context
-    inputs, found = dict(q=x, k=keys, v=keys if value is None else value), {}
-    for name in ("in_proj",) if layer.context_proj is None else ("in_proj", "context_proj"):
-        parts = layer.parts()[name]
-        for part in parts:
-            if part not in found:
-                heads = cut_heads(layer, name, getattr(layer, name)(inputs[part]))
-                found |= {other: t for other, t in zip(parts, heads)
-                          if inputs[other] is inputs[part]}
-    return found["q"], found["k"], found["v"]
+    values = keys if value is None else value
+    own = cut_heads(layer, "in_proj", layer.in_proj(x))
+    name, proj, known = "in_proj", layer.in_proj, x
+    if layer.context_proj is not None:
+        name, proj, known = "context_proj", layer.context_proj, None
+    k = own if keys is known else cut_heads(layer, name, proj(keys))
+    v = k if values is keys else own if values is known else (
+        cut_heads(layer, name, proj(values)))
+    return own[0], k[-2], v[-1]
 
 
 # %% ../../nbs/03a_weight_split.ipynb #refuse-input
