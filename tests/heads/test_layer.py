@@ -14,7 +14,7 @@ from mha_book.heads.layer import MultiHeadAttention, commit_once
 from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
 from mha_book.plugs.cache import KVCache
-from support.mutants import LAYER
+from support.mutants import INPUTS, LAYER
 from support.padded_cache import PaddedCache
 from support.refusals import refused
 
@@ -579,6 +579,16 @@ def test_values_that_do_not_fit_the_keys_are_refused():
             layer(x, context, value=value)
     with refused(ValueError, "keys need a context"):
         build(context_dim=OTHER)(x, value=tokens(s.n, OTHER))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_layer_that_takes_other_inputs_is_noticed(name):
+    layer, x, context, value = build(), tokens(), tokens(s.m), tokens(s.m)
+    layer.in_proj.register_forward_hook(lambda proj, args, y: y * 2)
+    wrong = INPUTS[name].apply(layer)
+    close(wrong(x), layer(x))
+    with pytest.raises(AssertionError):
+        close(wrong(x, context, value=value), layer(x, context, value=value))
 
 
 # Arguments of another kind
