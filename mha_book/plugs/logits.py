@@ -23,7 +23,8 @@ from mha_book.heads.layer import (
     width_of_a_head,
 )
 from ..heads.single_head import check_count, float32_at_least, is_number, join_masks
-from ..kernels.backends import attention, attention_logits, largest_sizes
+from ..kernels.backends import attention, attention_logits
+from ..kernels.merging import largest_sizes
 
 # %% ../../nbs/13a_logits.ipynb #largest
 @torch.no_grad()
