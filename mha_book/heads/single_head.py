@@ -6,8 +6,8 @@
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'scaled_logits', 'add_bias',
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
            'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_flag',
-           'check_tensor', 'check_mask', 'check_additions', 'AttentionHead', 'sizes_are_open', 'is_certain',
-           'run_fused', 'narrowed', 'derived_once', 'fused_attend']
+           'check_tensor', 'check_floats', 'check_mask', 'check_additions', 'AttentionHead', 'sizes_are_open',
+           'is_certain', 'run_fused', 'narrowed', 'derived_once', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -228,6 +228,14 @@ def check_tensor(name: str, value: Tensor) -> None:
                         f"got {type(value).__module__}.{type(value).__qualname__}{way}")
 
 
+def check_floats(name: str, value: Tensor, way: str = "") -> None:
+    "Raise TypeError unless `value` is a tensor of numbers that attention is computed in."
+    check_tensor(name, value)
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; needed: floating point, float32, "
+                        f"float64, bfloat16 or float16{way}")
+
+
 def check_mask(mask: Tensor) -> None:
     "Raise TypeError unless `mask` is a tensor of truth values."
     check_tensor("mask", mask)
@@ -239,9 +247,7 @@ def check_mask(mask: Tensor) -> None:
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     "Raise for numbers that attention is not made of, and where they are not of one kind."
     for name, t in zip("qkv", (q, k, v)):
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} has dtype {t.dtype}; attention is computed in float32, "
-                            f"float64, bfloat16 or float16: convert with .to(torch.float32)")
+        check_floats(name, t)
         if "sparse" in str(t.layout):
             raise TypeError(f"{name} has the layout {t.layout}; needed: {name}.to_dense()")
     if not q.dtype == k.dtype == v.dtype:
@@ -273,10 +279,7 @@ def check_additions(mask: Tensor | None, bias: Tensor | None,
     if mask is not None:
         check_mask(mask)
     if bias is not None:
-        check_tensor("bias", bias)
-        if bias.dtype not in _DTYPES:
-            raise TypeError(f"bias has dtype {bias.dtype}; it is added to the logits "
-                            f"and must be floating point. True = may look goes to mask=")
+        check_floats("bias", bias, ". True = may look goes to mask=")
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and extra.device != device:
             raise ValueError(f"device differs: query {device}, {name} {extra.device}; "
@@ -308,6 +311,8 @@ class AttentionHead(nn.Module):
         bias: bool = True,  # whether the projections add a learned vector
     ):
         super().__init__()
+        for name, count in (("embed_dim", embed_dim), ("head_dim", head_dim)):
+            check_count(name, count)
         self.q_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, head_dim, bias=bias)

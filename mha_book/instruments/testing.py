@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .tolerance import tolerance
+from ..kernels.backends import checked_call
 
 # %% ../../nbs/91_testing.ipynb #sizes-code
 # batch, heads, groups, queries, keys, widths; all distinct
@@ -80,8 +81,11 @@ def reference_attention(
     """Attention by its definition: a loop over batch, head, query and key,
     in float64 on the CPU.
 
-    Slow, and differentiable.
+    Slow, and differentiable. Raises as `attention` does.
     """
+    checked_call(q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window,
+                 scale=scale, softcap=softcap, sinks=sinks)
+
     def there(t): return None if t is None else t.to("cpu", torch.float64)
 
     q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend
 
 from mha_book.heads.single_head import (
     add_bias,
+    check_floats,
     check_inputs,
     check_number,
-    check_tensor,
     float32_at_least,
     is_certain,
     is_whole,
@@ -157,9 +157,7 @@ def _check_window(window: object) -> None:
 
 
 def _check_sinks(sinks: object, q: Tensor) -> None:
-    check_tensor("sinks", sinks)
-    if not sinks.is_floating_point():
-        raise TypeError(f"sinks has dtype {sinks.dtype}; needed: floating-point logits")
+    check_floats("sinks", sinks)
     if sinks.shape != q.shape[1:2] or sinks.device != q.device:
         raise ValueError(f"sinks of shape {tuple(sinks.shape)} on {sinks.device}; "
                          f"needed: ({q.shape[1]},), one a query head, on {q.device}")

@@ -55,8 +55,8 @@ def _flex(call: AttentionCall) -> Tensor:
     if call.sinks is None:
         return out
     out, aux = out    # a sink takes its share of the denominator: e^lse of e^lse + e^sink
-    blind, share = aux.lse == -math.inf, torch.sigmoid(aux.lse - call.sinks[:, None])
-    share = share.masked_fill(blind, 0.0)
+    share = torch.sigmoid(aux.lse - call.sinks[:, None])
+    share = share.masked_fill(call.sinks[:, None] == -math.inf, 1.0)    # -inf - -inf is NaN
     return out * share[..., None].to(out.dtype)
 
 # %% ../../nbs/07c_flex.ipynb #flex-parts
