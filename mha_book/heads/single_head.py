@@ -195,8 +195,7 @@ def check_number(name: str, value: float, above: float = -math.inf) -> None:
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not above < value < math.inf:
-        raise ValueError(f"{name} {value} is not {'positive and ' * (above == 0)}finite; "
-                         f"None is the default")
+        raise ValueError(f"{name} {value} is not {'positive and ' * (above == 0)}finite")
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> None:
@@ -311,8 +310,7 @@ class AttentionHead(nn.Module):
         bias: bool = True,  # whether the projections add a learned vector
     ):
         super().__init__()
-        for name, count in (("embed_dim", embed_dim), ("head_dim", head_dim)):
-            check_count(name, count)
+        check_count("head_dim", head_dim)
         self.q_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, head_dim, bias=bias)

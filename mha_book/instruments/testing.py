@@ -64,6 +64,10 @@ def _mix(
     return sum(p / total * value for p, value in zip(powers, v))
 
 # %% ../../nbs/91_testing.ipynb #reference-code
+def _exactly(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to("cpu", torch.float64)
+
+
 def reference_attention(
     q: Float[Tensor, "b h n d"],               # queries
     k: Float[Tensor, "b g m d"],               # keys
@@ -83,12 +87,9 @@ def reference_attention(
 
     Slow, and differentiable. Raises as `attention` does.
     """
-    checked_call(q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window,
-                 scale=scale, softcap=softcap, sinks=sinks)
-
-    def there(t): return None if t is None else t.to("cpu", torch.float64)
-
-    q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))
+    checked_call(q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window, scale=scale,
+                 softcap=softcap, sinks=sinks)
+    q, k, v, bias, sinks = map(_exactly, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
     grid = torch.tensor(True, device="cpu") if mask is None else mask.cpu()
     grid = grid.expand(b, h, n, m)

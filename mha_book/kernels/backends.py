@@ -234,7 +234,7 @@ def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
     scale, width = d ** -0.5 if scale is None else scale, _width(d, dv)
     # causal alone stays causal with one more query in front, for torch aligns at the start
     is_causal = call.sides == (None, 0) and not call.needs_mask
-    columns, factors = _sink_columns(call.sinks, scale, like=q, alone=bias is None)
+    columns, factors = _sink_columns(call.sinks, scale, like=q, bias=bias)
     q = F.pad(q, (0, width - d, int(is_causal), 0)) + F.pad(columns, (d, width - d - 3))
     k, v = F.pad(k, (0, width - d, 1, 0)), F.pad(v, (0, width - dv, 1, 0))
     k[:, :, 0, d:d + 2], k[:, :, 0, d + 2] = factors
@@ -261,13 +261,14 @@ def _reach(q: Tensor) -> tuple[float, float]:
 
 
 def _sink_columns(sinks: Tensor, scale: float, like: Tensor,
-                  alone: bool) -> tuple[Tensor, tuple[float, float]]:
+                  bias: Tensor | None) -> tuple[Tensor, tuple[float, float]]:
     """Three columns for the queries, h 1 3, and what the new key has in them, so that times
     `scale` it is the sink: the second holds what is left of the first, rounded. The third is
     for a sink that is infinite, or beyond what these can carry: there it is what no q · k
     comes near. Beside a bias, the bias carries that.
     """
-    wide, (near, far) = float32_at_least(like.dtype, sinks.dtype), _reach(like)
+    wide = float32_at_least(*(t.dtype for t in (like, sinks, bias) if t is not None))
+    (near, far), alone = _reach(like), bias is None
     factor = 2.0 ** -math.floor(math.log2(abs(scale)))    # exact in every dtype
     sinks, small = sinks.to(wide), sinks.abs() <= near
     exact = torch.where(small, sinks, 0.0) / (scale * factor)
@@ -322,11 +323,11 @@ def _held_by_sdpa(call: AttentionCall) -> int:
     held = threads * max(2, 8 // call.q.element_size()) * min(n, 64) * (min(m, 512) + d)
     if call.needs_mask:    # as torch takes it: one number a pair
         extras = [t.shape for t in (call.mask, call.bias) if t is not None]
-        if call.bias is not None and call.sinks is not None:
-            extras.append((call.q.shape[1], 1, 1))
-        wide = 1 if call.bias is None else -(-call.bias.element_size() // call.q.element_size())
-        held += 2 * wide * math.prod(torch.broadcast_shapes((n, m), *extras))
-        held += 4 * (wide > 1) * wide * tokens * max(d, dv)
+        if call.bias is not None:
+            extras += [(call.q.shape[1], 1, 1)] * (call.sinks is not None)
+            held += 3 * (call.bias.dtype != call.q.dtype) * tokens * max(d, dv)
+        # in the width of the bias, as the logits of the definition would be
+        held += 2 * math.prod(torch.broadcast_shapes((n, m), *extras))
     if call.sinks is not None:    # wider copies of q, k and v, and a wider output
         return held + 2 * (1 + call.needs_grad) * tokens * _width(d, dv)
     return held + 2 * call.needs_grad * tokens * d    # the output, and three gradients
