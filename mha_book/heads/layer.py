@@ -22,6 +22,7 @@ from mha_book.heads.single_head import (
     check_dropout,
     check_flag,
     check_tensor,
+    derived_once,
     fused_attend,
     is_whole,
     join_masks,
@@ -213,7 +214,7 @@ class MultiHeadAttention(StackedProjections):
             q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
-            heads = merge_heads(heads)
+            heads = merge_heads(derived_once(heads) if x.requires_grad else heads)
             return self.out_proj(heads if self.finish is None else self.finish(heads, x))
 
     def qkv(
