@@ -102,7 +102,8 @@ def _answer(layer: MultiHeadAttention) -> Tensor:
     "What a copy of a layer answers, in eval mode, to tokens that are always the same."
     copied, weight = copy.deepcopy(layer).eval(), layer.out_proj.weight
     widths = [proj.in_features for proj in (layer.in_proj, layer.context_proj) if proj]
-    tokens = [torch.linspace(1, 9 + i, 8 * width).cos().view(2, 4, width).to(weight)
+    like = dict(dtype=weight.dtype, device=weight.device)
+    tokens = [torch.linspace(1, 9 + i, 8 * width, **like).cos().view(2, 4, width)
               for i, width in enumerate(widths)]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)

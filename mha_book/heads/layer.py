@@ -208,7 +208,7 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for what does not fit; then no cache has changed.
         """
-        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
         with nullcontext() if cache is None else _turn_of(self, cache):
             q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
@@ -256,7 +256,7 @@ class MultiHeadAttention(StackedProjections):
 
         Raises ValueError where the plug is not linear in its values.
         """
-        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=0.0)
         eye = torch.eye(k.shape[2], dtype=v.dtype, device=v.device)
@@ -465,7 +465,7 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, pl
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-call
-def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
+def _check_call(x: Tensor, context: Tensor | None, value: Tensor | None, mask: Tensor | None,
                 key_mask: Tensor | None, bias: Tensor | None, is_causal: bool,
                 cache: Cache | None, key_padding_mask: None) -> None:
     "What `forward` is given beside tokens, before anything is computed."
@@ -478,13 +478,23 @@ def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
         raise TypeError("key_padding_mask is torch's name, and there True = padding; here it "
                         "is key_mask, and True = a real token: key_mask=~key_padding_mask")
     if key_mask is not None:
-        # a context that is kept need not be given again
-        kept = getattr(cache, "context", None) if context is None else context
-        check_tensor("x" if kept is None else "context", x if kept is None else kept)
-        check_key_mask(key_mask, x if kept is None else kept)
-    if context is not None and cache is not None and not hasattr(cache, "ask"):
+        kept = getattr(cache, "context", None)    # where it is not given again
+        tokens = next((t for t in (context, kept) if t is not None), x)
+        check_tensor("x" if tokens is x else "context", tokens)
+        check_key_mask(key_mask, tokens)
+    if cache is not None:
+        check_tensor("x", x)
+        _check_answers(context, value, cache)
+
+
+def _check_answers(context: Tensor | None, value: Tensor | None, cache: Cache) -> None:
+    "What keys and values are made of, beside what a cache keeps of them."
+    if context is not None and not hasattr(cache, "ask"):
         raise ValueError("the cache keeps the keys of x; those of a context stay in a "
                          "ContextCache, or are made in every call, without a cache")
+    if value is not None and hasattr(cache, "ask"):
+        raise ValueError("the cache keeps keys and values of one context; where values are "
+                         "made of another input, call without a cache")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
 def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,

@@ -6,12 +6,11 @@
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'scaled_logits', 'add_bias',
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
            'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_whole',
-           'check_offset', 'check_flag', 'check_tensor', 'check_mask', 'check_additions', 'AttentionHead',
-           'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'derived_once', 'fused_attend']
+           'check_offset', 'check_flag', 'check_tensor', 'check_floats', 'check_mask', 'check_additions',
+           'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'derived_once', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
-from contextlib import nullcontext
 from functools import reduce
 
 import torch
@@ -59,22 +58,16 @@ def repeat_groups(
     return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
 
 # %% ../../nbs/01_single_head.ipynb #scaled-logits
-def scaled_logits(
-    q: Float[Tensor, "b h n d"],   # queries
-    k: Float[Tensor, "b g m d"],   # keys; g divides h
-    scale: float | None,           # 1/sqrt(d) unless told
-) -> Float[Tensor, "b h n m"]:     # in the dtype of q
+def scaled_logits(q: Tensor, k: Tensor, scale: float | None) -> Float[Tensor, "b h n m"]:
     "q kᵀ · scale; of float16 in float32 where a scale above 1 could leave it."
     if scale is not None and abs(scale) > 1 and q.dtype == torch.float16:
         q, k = q.to(torch.float32), k.to(torch.float32)
-    return (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ repeat_groups(k, q.shape[1]).mT
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return (q * scale) @ repeat_groups(k, q.shape[1]).mT
 
 
-def add_bias(
-    logits: Float[Tensor, "b h n m"],      # scaled, and capped where there is a cap
-    bias: Float[Tensor, "..."] | None,     # broadcasts to b h n m
-) -> Float[Tensor, "b h n m"]:             # in the wider of both dtypes
-    "The sum; a bias that is one number counts with its dtype like any other."
+def add_bias(logits: Float[Tensor, "b h n m"], bias: Tensor | None) -> Float[Tensor, "b h n m"]:
+    "The sum, in the wider of both dtypes; a bias that is one number counts like any other."
     return logits if bias is None else logits + torch.atleast_1d(bias)
 
 
@@ -96,9 +89,9 @@ def plain_attention_weights(
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1.
     """
     check_inputs(q, k, k, mask, bias, 0.0, is_causal, scale)
-    n, m = q.shape[2], k.shape[2]
     logits = add_bias(scaled_logits(q, k, scale), bias)
-    mask = join_masks(mask, causal_mask(n, m, q.device)) if is_causal else mask
+    if is_causal:
+        mask = join_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device))
     return masked_softmax(logits, mask).to(q.dtype)
 
 # %% ../../nbs/01_single_head.ipynb #attention
@@ -120,8 +113,7 @@ def plain_attention(
     Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1.
     """
     check_inputs(q, k, v, mask, bias, dropout_p, is_causal, scale)
-    options = dict(mask=mask, bias=bias, is_causal=is_causal, scale=scale)
-    weights = plain_attention_weights(q, k, **options)
+    weights = plain_attention_weights(q, k, mask=mask, bias=bias, is_causal=is_causal, scale=scale)
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
     return weights @ repeat_groups(v, q.shape[1])
 
@@ -151,16 +143,17 @@ def check_inputs(
     no tensor, no number or no truth value; the message names argument, values and a way out.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        _check_tensors(q=q, k=k, v=v)
+        for name, t in zip("qkv", (q, k, v)):
+            check_tensor(name, t)
     shape, dtype, device = q.shape, q.dtype, q.device
     if len(shape) != 4 or not shape == k.shape == v.shape or 0 in shape:
         _check_shapes(shape, k.shape, v.shape)
     if not dtype == k.dtype == v.dtype or dtype not in _DTYPES \
             or not q.layout is k.layout is v.layout is torch.strided:
-        _check_kinds(q=q, k=k, v=v)
+        _check_kinds(q, k, v)
     if not device == k.device == v.device:
-        raise ValueError(f"device differs: query {q.device}, key {k.device}, "
-                         f"value {v.device}; move with .to(q.device)")
+        raise ValueError(f"device differs: query {device}, key {k.device}, value {v.device}; "
+                         f"move with .to(q.device)")
     if mask is not None or bias is not None:
         check_additions(mask, bias, (*shape[:3], k.shape[2]), device)
     if dropout_p.__class__ is not float or dropout_p != 0.0:
@@ -194,34 +187,28 @@ def check_dropout(dropout: float, dtype: torch.dtype = torch.float32) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout} is not a probability in [0, 1)")
     if 1 / (1 - dropout) > torch.finfo(dtype).max:
-        raise ValueError(f"dropout {dropout}: the weights that stay are multiplied by "
-                         f"{1 / (1 - dropout):.0e}, which {dtype} does not hold")
+        raise ValueError(f"dropout {dropout} makes the weights that stay too large for {dtype}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-check-number
 def check_number(name: str, value: float, above: float = -math.inf) -> None:
     "Raise unless `value`, which is called `name`, is a finite number above `above`."
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, an int or a float of Python; "
-                        f"got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not above < value < math.inf:
-        words = "positive and finite" if above == 0 else "finite"
-        raise ValueError(f"{name} {value} is not {words}; None is the default")
+        raise ValueError(f"{name} {value} is not {'positive and ' * (above == 0)}finite")
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> None:
     "Raise unless `scale` is a number that leaves logits of `dtype` room."
     check_number("scale", scale)
-    most = 2.0 ** (960 if dtype == torch.float64 else 100)    # of 2^1024, of 2^128
-    if abs(scale) > most:
-        raise ValueError(f"scale {scale:.0e} leaves logits of {dtype} no room below "
-                         f"infinity; its size may be {most:.0e} at most")
+    if abs(scale) > (most := 2.0 ** (960 if dtype == torch.float64 else 100)):
+        raise ValueError(f"scale {scale:.0e} is beyond what logits of {dtype} bear: {most:.0e}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-check-count
 def check_count(name: str, value: int) -> None:
     "Raise unless `value`, which is called `name`, is a positive int."
     if not is_whole(value):
-        raise TypeError(f"{name} must be an int, "
-                        f"got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -254,8 +241,7 @@ def check_offset(
 def check_flag(name: str, value: bool) -> None:
     "Raise TypeError unless `value`, which is called `name`, is True or False."
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, "
-                        f"got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -266,6 +252,14 @@ def check_tensor(name: str, value: Tensor) -> None:
                         f"got {type(value).__module__}.{type(value).__qualname__}{way}")
 
 
+def check_floats(name: str, value: Tensor, way: str = "") -> None:
+    "Raise TypeError unless `value` is a tensor of numbers that attention is computed in."
+    check_tensor(name, value)
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; needed: floating point, float32, "
+                        f"float64, bfloat16 or float16{way}")
+
+
 def check_mask(mask: Tensor) -> None:
     "Raise TypeError unless `mask` is a tensor of truth values."
     check_tensor("mask", mask)
@@ -274,18 +268,10 @@ def check_mask(mask: Tensor) -> None:
                         f"True = may look. Numbers to be added to the logits go to bias=")
 
 
-def _check_tensors(**tensors: Tensor) -> None:
-    for name, value in tensors.items():
-        check_tensor(name, value)
-
-
-def _check_kinds(**tensors: Tensor) -> None:
-    "Raise for numbers that attention is not made of; the tensors are queries, keys, values."
-    q, k, v = tensors.values()
-    for name, t in tensors.items():
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} has dtype {t.dtype}; attention is computed in float32, "
-                            f"float64, bfloat16 or float16: convert with .to(torch.float32)")
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
+    "Raise for numbers that attention is not made of, and where they are not of one kind."
+    for name, t in zip("qkv", (q, k, v)):
+        check_floats(name, t)
         if "sparse" in str(t.layout):
             raise TypeError(f"{name} has the layout {t.layout}; needed: {name}.to_dense()")
     if not q.dtype == k.dtype == v.dtype:
@@ -300,8 +286,7 @@ def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
     if not q[0] == k[0] == v[0]:
         raise ValueError(f"batch differs: query {q[0]}, key {k[0]}, value {v[0]}")
     if k[2] != v[2]:
-        raise ValueError(f"length differs: key {k[2]}, value {v[2]}; "
-                         f"every key needs one value")
+        raise ValueError(f"length differs: key {k[2]}, value {v[2]}; every key needs one value")
     if q[3] != k[3]:
         raise ValueError(f"width differs: query {q[3]}, key {k[3]}; "
                          f"their dot product needs one head_dim")
@@ -318,21 +303,18 @@ def check_additions(mask: Tensor | None, bias: Tensor | None,
     if mask is not None:
         check_mask(mask)
     if bias is not None:
-        check_tensor("bias", bias)
-        if bias.dtype not in _DTYPES:
-            raise TypeError(f"bias has dtype {bias.dtype}; it is added to the logits "
-                            f"and must be floating point. True = may look goes to mask=")
+        check_floats("bias", bias, ". True = may look goes to mask=")
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and extra.device != device:
             raise ValueError(f"device differs: query {device}, {name} {extra.device}; "
                              f"move with .to(q.device)")
         if extra is not None and not _broadcasts(extra.shape, shape):
             b, h, n, m = shape
-            raise ValueError(f"{name} of shape {tuple(extra.shape)} does not broadcast to "
-                             f"batch, heads, queries, keys = {shape}; "
-                             f"shapes that fit, and any axis may be 1: ({m},), ({n}, {m}), "
-                             f"({h}, {n}, {m}), ({b}, 1, {n}, {m}); "
-                             f"a mask of padding is ({b}, 1, 1, {m})")
+            raise ValueError(
+                f"{name} of shape {tuple(extra.shape)} does not broadcast to batch, heads, "
+                f"queries, keys = {shape}; shapes that fit, and any axis may be 1: ({m},), "
+                f"({n}, {m}), ({h}, {n}, {m}), ({b}, 1, {n}, {m}); "
+                f"a mask of padding is ({b}, 1, 1, {m})")
 
 # %% ../../nbs/01_single_head.ipynb #checks-shapes-broadcasts
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
@@ -353,6 +335,7 @@ class AttentionHead(nn.Module):
         bias: bool = True,  # whether the projections add a learned vector
     ):
         super().__init__()
+        check_count("head_dim", head_dim)
         self.q_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, head_dim, bias=bias)
@@ -383,27 +366,21 @@ def is_certain(condition: bool) -> bool:
     return condition is True    # a tensor, while torch.jit.trace runs
 
 
-def _one_mask(
-    n: int, m: int,
-    mask: Tensor | None, bias: Tensor | None,
-    is_causal: bool, dtype: torch.dtype, device: torch.device,
-) -> Tensor | None:
+def _one_mask(n: int, m: int, mask: Tensor | None, bias: Tensor | None,
+              is_causal: bool, like: Tensor) -> Tensor | None:
     """End-aligned causality, `mask` and `bias` as the one mask of rank 4
     that torch's kernel takes (a mask of rank 3 costs it its fast path).
     """
     if is_causal and not is_certain(n == 1):    # a single query, at the end, sees every key
-        mask = join_masks(mask, causal_mask(n, m, device))
+        mask = join_masks(mask, causal_mask(n, m, like.device))
     if bias is not None:
-        bias = bias.to(torch.promote_types(bias.dtype, dtype))
+        bias = bias.to(torch.promote_types(bias.dtype, like.dtype))
         mask = bias if mask is None else torch.where(mask, bias, -math.inf)
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 # %% ../../nbs/01_single_head.ipynb #fused-kernel
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None, bias: Tensor | None,
-    is_causal: bool, scale: float | None, dropout_p: float,
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
+           is_causal: bool, scale: float | None, dropout_p: float) -> Tensor:
     "Torch's kernel, given what it takes as this book means it."
     one, flag = None, is_causal
     if bias is not None and _is_wide(bias, q):
@@ -411,22 +388,18 @@ def _fused(
     # torch's causal kernel aligns at the start, and gives NaN unless the scale is above 0
     if mask is not None or bias is not None or is_causal and not (
             is_certain(q.size(2) == k.size(2)) and (scale is None or scale >= 2.0 ** -126)):
-        one = _one_mask(q.size(2), k.size(2), mask, bias, is_causal, q.dtype, q.device)
-        flag = False
+        one, flag = _one_mask(q.size(2), k.size(2), mask, bias, is_causal, like=q), False
     try:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=one, dropout_p=dropout_p, is_causal=flag, scale=scale,
             enable_gqa=True if q.size(1) != k.size(1) else False)    # a bool for every tracer
     except NotImplementedError:    # the kernel has no forward-mode derivative
-        return plain_attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
-                               scale=scale, dropout_p=dropout_p)
+        return plain_attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale,
+                               dropout_p=dropout_p)
 
 
-def run_fused(
-    q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None, bias: Tensor | None,
-    is_causal: bool, scale: float | None, dropout_p: float,
-) -> Tensor:
+def run_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
+              is_causal: bool, scale: float | None, dropout_p: float) -> Tensor:
     "What `fused_attend` does once its inputs have been checked."
     return derived_once(_fused(q, k, v, mask, bias, is_causal, scale, dropout_p))
 
@@ -434,19 +407,15 @@ def run_fused(
 def narrowed(t: Tensor) -> torch.dtype:
     "The dtype in which an operation that autocast narrows takes a tensor."
     kind = t.device.type
-    if t.dtype != torch.float64 and torch.amp.is_autocast_available(kind) \
-            and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return t.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts and t.dtype != torch.float64 else t.dtype
 
 
 def _is_wide(bias: Tensor, q: Tensor) -> bool:
     "Whether torch's kernel would refuse or round a bias: beside halves a CPU's takes float32."
-    kind = q.device.type
-    if kind == "cpu" and not torch.is_autocast_enabled(kind):
+    if q.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return torch.promote_types(q.dtype, bias.dtype) not in (q.dtype, torch.float32)
-    dtype = narrowed(q)
-    return torch.promote_types(dtype, bias.dtype) != dtype
+    return torch.promote_types(narrowed(q), bias.dtype) != narrowed(q)
 
 
 def _beside_wide_bias(q, k, v, mask, bias, is_causal, scale, dropout_p) -> Tensor:
@@ -457,51 +426,41 @@ def _beside_wide_bias(q, k, v, mask, bias, is_causal, scale, dropout_p) -> Tenso
     wide = torch.promote_types(dtype, bias.dtype)
     inside = dtype if kind == "cpu" and wide == torch.float32 else wide
     q, k, v = (t.to(dtype).to(inside) for t in (q, k, v))
-    casts = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if casts else nullcontext():
-        out = run_fused(q, k, v, mask, bias, is_causal, scale, dropout_p)
-    return out.to(dtype)
+    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        return run_fused(q, k, v, mask, bias, is_causal, scale, dropout_p).to(dtype)
 
 # %% ../../nbs/01_single_head.ipynb #fused-once
 class _Once(torch.autograd.Function):
-    "Gradients as they are; they have none themselves, and say so."
+    "Gradients as they are; who asks for theirs is told who has them."
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad):
-        return grad.view_as(grad)
+    def forward(grad): return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
+    def setup_context(ctx, inputs, output): pass
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError('torch\'s fused kernel has no second derivative; the definition has: '
-                           'attention(..., impl="math"), in a layer '
-                           'attend=partial(attention, impl="math"), or plain_attention')
+        raise RuntimeError("torch's fused kernel has no second derivative; the definition has one: "
+                           "attention(..., impl=\"math\"), in a layer attend=plain_attention")
 
 
-def derived_once(
-    out: Tensor,    # of torch's kernel, or of anything else, which it leaves alone
-) -> Tensor:        # itself
-    "Where a second derivative is asked of the kernel's gradients, the error names the way."
-    if out.requires_grad and not torch.compiler.is_compiling():
-        if out.grad_fn.name().startswith("ScaledDotProduct"):
-            out.grad_fn.register_hook(_once_only)
+def derived_once(out: Tensor) -> Tensor:
+    """`out`, which it returns, of torch's kernel: where somebody derives its gradients once
+    more, the error is to name the way. Whatever else it may be is left alone.
+    """
+    eager = out.requires_grad and not torch.compiler.is_compiling()
+    if eager and out.grad_fn.name().startswith("ScaledDotProduct"):
+        out.grad_fn.register_hook(_once_only)
     return out
 
 
 def _once_only(grads: tuple[Tensor | None, ...], _: tuple[Tensor | None, ...]):
-    "For the kernel's node in the gradient's graph: gradients that nobody can derive say so."
+    "For the kernel's node in the gradient's graph, where a graph of the gradients is made."
     if torch.is_grad_enabled():
-        return tuple(_Once.apply(g) if _has_no_derivative(g) else g for g in grads)
-
-
-def _has_no_derivative(grad: Tensor | None) -> bool:
-    "Under vmap a tensor does not tell, and then it has none."
-    return grad is not None and (grad.grad_fn is None or "NotImplemented" in grad.grad_fn.name())
+        return tuple(g if g is None else _Once.apply(g) for g in grads)
 
 # %% ../../nbs/01_single_head.ipynb #fused
 def fused_attend(

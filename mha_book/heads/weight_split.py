@@ -327,7 +327,7 @@ def no_rows(
 ) -> str | None:                 # what is wrong with the first that has none, in words
     """Whether heads have rows: in linear maps whose weight and bias are parameters of their
     own, computed from nothing else and used nowhere else in the layer, of the sizes that
-    the layout counts.
+    the layout counts. Hooks do not move them; but frozen ones may be trained by their hooks.
     """
     own_names = matrices(layer)
     every = [p for name in own_names for p in layer.get_submodule(name)._parameters.values()]
@@ -336,6 +336,8 @@ def no_rows(
         if fault := _more_than_rows(proj) or _other_sizes(layer, name, proj.weight):
             return f"{name} {fault}"
         own = proj.weight, proj.bias
+        if (proj._forward_hooks or proj._forward_pre_hooks) and not own[0].requires_grad:
+            return f"{name} is frozen under forward hooks, in which others may be trained"
         if any(sum(p is other for other in every) > 1 for p in own if p is not None):
             return f"{name} shares its weights with another projection: no head owns its rows"
     return None
@@ -365,8 +367,7 @@ def _other_sizes(layer: StackedProjections, name: str, weight: Tensor) -> str | 
     wanted = sum(layer.layout.count(part) * layer.layout.width(part) for part in parts)
     found, what = weight.shape[parts == "o"], "columns" if parts == "o" else "rows"
     return None if found == wanted else (
-        f"has {found} {what}, and the heads of {layer.layout} {wanted}: it is cut "
-        f"otherwise than by heads")
+        f"has {found} {what} for {wanted} of its heads: it is cut otherwise than by heads")
 
 
 # %% ../../nbs/03a_weight_split.ipynb #cut
@@ -392,18 +393,18 @@ def cut_heads(layer: StackedProjections, name: str, y: Tensor) -> tuple[Tensor, 
 
 
 def project_heads(layer: StackedProjections, x: Tensor, context: Tensor | None,
-             value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+                  value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values of up to three inputs: a projection is called once for each."
     keys = x if context is None else context
-    inputs, found = dict(q=x, k=keys, v=keys if value is None else value), {}
-    for name in ("in_proj",) if layer.context_proj is None else ("in_proj", "context_proj"):
-        parts = layer.parts()[name]
-        for part in parts:
-            if part not in found:
-                heads = cut_heads(layer, name, getattr(layer, name)(inputs[part]))
-                found |= {other: t for other, t in zip(parts, heads)
-                          if inputs[other] is inputs[part]}
-    return found["q"], found["k"], found["v"]
+    values = keys if value is None else value
+    own = cut_heads(layer, "in_proj", layer.in_proj(x))
+    name, proj, known = "in_proj", layer.in_proj, x
+    if layer.context_proj is not None:
+        name, proj, known = "context_proj", layer.context_proj, None
+    k = own if keys is known else cut_heads(layer, name, proj(keys))
+    v = k if values is keys else own if values is known else (
+        cut_heads(layer, name, proj(values)))
+    return own[0], k[-2], v[-1]
 
 
 # %% ../../nbs/03a_weight_split.ipynb #refuse-input

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'window_mask', 'AttentionCall', 'checked_call', 'call_logits', 'capped', 'Backend', 'attention',
-           'attention_weights', 'attention_logits', 'largest_sizes', 'implementations', 'choose_backend']
+           'attention_weights', 'attention_logits', 'implementations', 'choose_backend']
 
 # %% ../../nbs/07a_backends.ipynb #imports
 import math
@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend
 
 from mha_book.heads.single_head import (
     add_bias,
+    check_floats,
     check_inputs,
     check_number,
-    check_tensor,
     float32_at_least,
     is_certain,
     is_whole,
@@ -62,20 +62,13 @@ def _band(n: int, m: int, sides: tuple[int | None, int | None],
           device: torch.device | str | None) -> Tensor:
     "`window_mask` of what has been checked."
     (left, right), first = sides, m - n    # query 0 stands there, as in `query_places`
-    if sizes_are_open():
-        return _open_band(n, m, sides, device)
+    if sizes_are_open():    # `tril` and `triu` would fix them; int64 ends at 2^63
+        left, right = (2 ** 62 if side is None else min(side, 2 ** 62) for side in sides)
+        keys, places = torch.arange(m, device=device), query_places(n, m, device)[:, None]
+        return (keys >= places - left) & (keys <= places + right)
     mask = torch.ones(n, m, dtype=torch.bool, device=device)
     mask = mask if right is None else mask.tril(min(first + right, m))
     return mask if left is None else mask.triu(max(first - left, -n))
-
-
-def _open_band(n: int, m: int, sides: tuple[int | None, int | None],
-               device: torch.device | str | None) -> Tensor:
-    "The same for sizes that are open: `tril` and `triu` would fix them."
-    # int64 holds no place beyond these
-    left, right = (2 ** 62 if side is None else min(side, 2 ** 62) for side in sides)
-    keys, places = torch.arange(m, device=device), query_places(n, m, device)[:, None]
-    return (keys >= places - left) & (keys <= places + right)
 
 # %% ../../nbs/07a_backends.ipynb #call
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +108,7 @@ class AttentionCall:
     def needs_grad(self) -> bool:
         "Whether a backward pass may follow."
         inputs = self.q, self.k, self.v, self.bias, self.sinks
-        return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in inputs)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 # %% ../../nbs/07a_backends.ipynb #checked-call
 def checked_call(
@@ -161,33 +153,24 @@ def _check_window(window: object) -> None:
         raise TypeError(f"window {window!r} is neither an int, the number of keys with "
                         f"the query's own, nor (left, right), each an int or None")
     if any(side < (0 if is_pair else 1) for side in sides):
-        raise ValueError(f"window {window!r} is too small: an int must be at least 1, "
-                         f"left and right at least 0")
+        raise ValueError(f"window {window!r} is too small: at least 1, left and right at least 0")
 
 
 def _check_sinks(sinks: object, q: Tensor) -> None:
-    check_tensor("sinks", sinks)
-    if not sinks.is_floating_point():
-        raise TypeError(f"sinks must be a floating-point tensor, one logit a query head; "
-                        f"got {sinks.dtype}")
+    check_floats("sinks", sinks)
     if sinks.shape != q.shape[1:2] or sinks.device != q.device:
         raise ValueError(f"sinks of shape {tuple(sinks.shape)} on {sinks.device}; "
                          f"needed: ({q.shape[1]},), one a query head, on {q.device}")
 
 # %% ../../nbs/07a_backends.ipynb #weights
-def call_logits(
-    call: AttentionCall,    # from `checked_call`
-) -> Tensor:                # b h n m
+def call_logits(call: AttentionCall) -> Float[Tensor, "b h n m"]:
     "What the softmax takes: scaled, capped, biased logits, -inf where a key is hidden."
     logits = capped(scaled_logits(call.q, call.k, call.scale), call.softcap)
     logits, mask = add_bias(logits, call.bias), call.all_masks
     return logits if mask is None else logits.masked_fill(~mask, -math.inf)
 
 # %% ../../nbs/07a_backends.ipynb #capped
-def capped(
-    logits: Tensor,           # scaled
-    softcap: float | None,    # c; None = no cap
-) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
     "c · tanh(logits / c), which is the logits for a c beyond them, and 0 for one below all."
     info = torch.finfo(logits.dtype)
     if softcap is None or softcap > min(info.max, 2.0 ** 100):
@@ -199,14 +182,13 @@ def capped(
 # %% ../../nbs/07a_backends.ipynb #weights-of-logits
 def _weights(call: AttentionCall) -> Tensor:
     "The weights of a checked call, b h n m, in the dtype of its queries."
-    logits = call_logits(call)
-    if call.sinks is None:
+    logits, sinks = call_logits(call), call.sinks
+    if sinks is None:
         return masked_softmax(logits, None).to(call.q.dtype)
     # a sink is one more key, which everybody may see; it has no value, so its weight goes
-    wide = torch.promote_types(logits.dtype, call.sinks.dtype)
-    sinks = call.sinks.to(wide).clamp(max=torch.finfo(wide).max)
-    sinks = sinks[:, None, None].expand(*logits.shape[:3], 1)
-    both = torch.cat([logits, sinks], dim=-1)
+    wide = torch.promote_types(logits.dtype, sinks.dtype)
+    sinks = sinks.to(wide).clamp(max=torch.finfo(wide).max)
+    both = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
     return masked_softmax(both, None)[..., :-1].to(call.q.dtype)
 
 # %% ../../nbs/07a_backends.ipynb #backend
@@ -240,8 +222,7 @@ def _sdpa(call: AttentionCall) -> Tensor:
         return _sdpa_with_sinks(call)
     is_causal = call.sides == (None, 0)    # torch has a way of its own for that
     mask = call.mask if is_causal else call.all_masks
-    return run_fused(call.q, call.k, call.v, mask, call.bias, is_causal, call.scale,
-                     call.dropout_p)
+    return run_fused(call.q, call.k, call.v, mask, call.bias, is_causal, call.scale, call.dropout_p)
 
 # %% ../../nbs/07a_backends.ipynb #sinks
 def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
@@ -253,14 +234,14 @@ def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
     scale, width = d ** -0.5 if scale is None else scale, _width(d, dv)
     # causal alone stays causal with one more query in front, for torch aligns at the start
     is_causal = call.sides == (None, 0) and not call.needs_mask
-    columns, factors = _sink_columns(call.sinks, scale, like=q, alone=bias is None)
+    columns, factors = _sink_columns(call.sinks, scale, like=q, bias=bias)
     q = F.pad(q, (0, width - d, int(is_causal), 0)) + F.pad(columns, (d, width - d - 3))
     k, v = F.pad(k, (0, width - d, 1, 0)), F.pad(v, (0, width - dv, 1, 0))
     k[:, :, 0, d:d + 2], k[:, :, 0, d + 2] = factors
     if not is_causal:
         mask = call.all_masks
-        mask = mask if mask is None else F.pad(
-            mask.expand(*mask.shape[:-1], call.k.shape[2]), (1, 0), value=True)
+        if mask is not None:
+            mask = F.pad(mask.expand(*mask.shape[:-1], call.k.shape[2]), (1, 0), value=True)
         bias = bias if bias is None else _bias_with_front(call)
     out = run_fused(q, k, v, mask, bias, is_causal, scale, call.dropout_p)
     return out[:, :, int(is_causal):, :dv]
@@ -280,16 +261,16 @@ def _reach(q: Tensor) -> tuple[float, float]:
 
 
 def _sink_columns(sinks: Tensor, scale: float, like: Tensor,
-                  alone: bool) -> tuple[Tensor, tuple[float, float]]:
+                  bias: Tensor | None) -> tuple[Tensor, tuple[float, float]]:
     """Three columns for the queries, h 1 3, and what the new key has in them, so that times
     `scale` it is the sink: the second holds what is left of the first, rounded. The third is
     for a sink that is infinite, or beyond what these can carry: there it is what no q · k
     comes near. Beside a bias, the bias carries that.
     """
-    wide, (near, far) = float32_at_least(like.dtype, sinks.dtype), _reach(like)
+    wide = float32_at_least(*(t.dtype for t in (like, sinks, bias) if t is not None))
+    (near, far), alone = _reach(like), bias is None
     factor = 2.0 ** -math.floor(math.log2(abs(scale)))    # exact in every dtype
-    sinks = sinks.to(wide)
-    small = sinks.abs() <= near
+    sinks, small = sinks.to(wide), sinks.abs() <= near
     exact = torch.where(small, sinks, 0.0) / (scale * factor)
     first = exact.to(narrowed(like)).to(wide)
     third = torch.where(small, 0.0, sinks.sign() * math.copysign(far * alone, scale))
@@ -303,8 +284,7 @@ def _bias_with_front(call: AttentionCall) -> Tensor:
     wide = torch.promote_types(call.bias.dtype, narrowed(call.q))
     beyond = sinks.to(wide).clamp(max=torch.finfo(wide).max)
     front = torch.where(sinks.abs() <= _reach(call.q)[0], 0.0, beyond)
-    bias = call.bias.to(wide)
-    bias = F.pad(bias.expand(*bias.shape[:-1], m), (1, 0))
+    bias = F.pad(call.bias.to(wide).expand(*call.bias.shape[:-1], m), (1, 0))
     return bias + F.pad(front[:, None, None], (0, m))    # h 1 m+1
 
 # %% ../../nbs/07a_backends.ipynb #sdpa-enter
@@ -343,11 +323,11 @@ def _held_by_sdpa(call: AttentionCall) -> int:
     held = threads * max(2, 8 // call.q.element_size()) * min(n, 64) * (min(m, 512) + d)
     if call.needs_mask:    # as torch takes it: one number a pair
         extras = [t.shape for t in (call.mask, call.bias) if t is not None]
-        if call.bias is not None and call.sinks is not None:
-            extras.append((call.q.shape[1], 1, 1))
-        width = 1 if call.bias is None else -(-call.bias.element_size() // call.q.element_size())
-        held += 2 * width * math.prod(torch.broadcast_shapes((n, m), *extras)) \
-            + 4 * (width > 1) * tokens * max(d, dv) * width
+        if call.bias is not None:
+            extras += [(call.q.shape[1], 1, 1)] * (call.sinks is not None)
+            held += 3 * (call.bias.dtype != call.q.dtype) * tokens * max(d, dv)
+        # in the width of the bias, as the logits of the definition would be
+        held += 2 * math.prod(torch.broadcast_shapes((n, m), *extras))
     if call.sinks is not None:    # wider copies of q, k and v, and a wider output
         return held + 2 * (1 + call.needs_grad) * tokens * _width(d, dv)
     return held + 2 * call.needs_grad * tokens * d    # the output, and three gradients
@@ -441,15 +421,6 @@ def attention_logits(
     """
     return call_logits(checked_call(q, k, k, mask=mask, bias=bias, is_causal=is_causal,
                                     window=window, scale=scale, softcap=softcap))
-
-# %% ../../nbs/07a_backends.ipynb #largest-sizes
-def largest_sizes(
-    logits: Float[Tensor, "b h n m"],    # -inf = hidden
-) -> Float[Tensor, "h"]:
-    "The largest |logit| of each head, float32 at least; 0 where nothing is seen."
-    logits = logits.to(float32_at_least(logits.dtype))
-    sizes = logits.masked_fill(logits == -math.inf, 0.0).abs().transpose(0, 1).flatten(1)
-    return sizes.amax(1) if sizes.numel() else sizes.new_zeros(len(sizes))
 
 # %% ../../nbs/07a_backends.ipynb #choose
 def implementations() -> tuple[str, ...]:

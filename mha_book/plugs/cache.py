@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..heads.single_head import check_count, is_whole
+from ..heads.single_head import check_count, check_tensor, is_whole
 from ..kernels.backends import window_mask
 from ..kernels.torch_private import in_backward
 
@@ -481,6 +481,8 @@ def check_new(
     in a backward pass.
     """
     check_forward()
+    for name, t in (("k", k), ("v", v)):
+        check_tensor(name, t)
     if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys of shape {tuple(k.shape)} and values of shape "
                          f"{tuple(v.shape)}; needed: batch, heads, tokens, width, and one "
@@ -489,6 +491,7 @@ def check_new(
     _check_kind("v", v, values)
     if key_mask is None:
         return
+    check_tensor("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask has dtype {key_mask.dtype}; it must be torch.bool, True = "
                         f"a real token")
@@ -601,8 +604,8 @@ def cropped_length(
 def _check_whole_numbers(name: str, numbers: Tensor, device: torch.device) -> None:
     "Raise unless `numbers` is an int tensor on `device`."
     if not isinstance(numbers, Tensor) or numbers.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int64 tensor, one number a row, got "
-                        f"{getattr(numbers, 'dtype', numbers)!r}")
+        got = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise TypeError(f"{name} must be an int64 tensor, one number a row, got {got}")
     if numbers.device != device:
         raise ValueError(f"device differs: cache {device}, {name} {numbers.device}")
 
@@ -669,6 +672,7 @@ class ContextCache:
                Bool[Tensor, "b 1 1 m"] | None]:
         "All keys and values, and which may be seen. Raises as `KVCache.append` does."
         check_forward()
+        check_tensor("k", k)
         if self.k is not None:
             if k.shape[2]:
                 raise ValueError(f"the keys of a context of {self.k.shape[2]} tokens are kept "

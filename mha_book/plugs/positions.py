@@ -18,6 +18,7 @@ from ..heads.layer import Attend, AttendOptions
 from mha_book.heads.single_head import (
     check_count,
     check_flag,
+    check_floats,
     check_offset,
     check_tensor,
     check_whole,
@@ -236,6 +237,8 @@ def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
 def _with_bias(options: AttendOptions, own: Tensor) -> AttendOptions:
     "The options with a plug's own bias, to which a given one is added."
     given = options.get("bias")
+    if given is not None:
+        check_floats("bias", given, ". True = may look goes to mask=")
     return {**options, "bias": own if given is None else own + given}
 
 # %% ../../nbs/14a_positions.ipynb #slopes

@@ -10,11 +10,16 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from mha_book.heads.layer import MultiHeadAttention, commit_once
-from mha_book.heads.masks import from_torch
+from mha_book.heads.masks import from_torch, to_torch
 from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
+from mha_book.kernels.backends import attention
 from mha_book.plugs.cache import KVCache
-from support.mutants import LAYER
+from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention, largest_logits, qk_clip_
+from mha_book.plugs.paged import BlockPool, PagedCache
+from mha_book.plugs.rope import RoPE
+from mha_book.variants.grouped import folded_attend
+from support.mutants import INPUTS, LAYER
 from support.padded_cache import PaddedCache
 from support.refusals import refused
 
@@ -199,22 +204,192 @@ def test_a_layer_that_takes_other_rows_is_noticed(name):
             close(got, wanted)
 
 
+class Int8(nn.Module):
+    "Weight-only int8: rows as whole numbers with a step each, which are made floats when the module is called."
+
+    def __init__(self, base):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        step = base.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (base.weight.detach() / step).round().to(torch.int8))
+        self.register_buffer("step", step)
+        self.bias = base.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step.to(x.dtype), self.bias)
+
+
+class Casting(nn.Linear):
+    "A projection in another dtype than the tokens, which casts on the way in and out."
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def in_other_dtype(dtype):
+    def change(proj):
+        new = Casting(proj.in_features, proj.out_features, dtype=dtype)
+        new.load_state_dict({name: t.to(dtype) for name, t in proj.state_dict().items()})
+        return new
+
+    return change
+
+
+def in_float8(proj):
+    "Weights in eight bits: a plain Linear whose forward is exchanged, as quantisation libraries do."
+    low, bias = proj.weight.detach().to(torch.float8_e4m3fn), proj.bias
+    proj.weight = nn.Parameter(low, requires_grad=False)
+    proj.forward = lambda x: nn.functional.linear(x, proj.weight.to(x.dtype), bias)
+    return proj
+
+
+def brought_when_called(proj):
+    "Offloaded, as hooks do it: the weights are on meta between calls."
+    real = dict(proj.named_parameters(recurse=False))
+
+    def bring(module, args):
+        module._parameters.update(real)
+
+    def send_away(module, args, out):
+        module._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+
+    proj.register_forward_pre_hook(bring)
+    proj.register_forward_hook(send_away, always_call=True)
+    send_away(proj, None, None)
+    return proj
+
+
+def brought_by_another_forward(proj):
+    "Offloaded, as by an exchanged `forward`: the weights are on meta between calls."
+    real, old = dict(proj.named_parameters(recurse=False)), proj.forward
+
+    def forward(x):
+        proj._parameters.update(real)
+        y = old(x)
+        proj._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+        return y
+
+    proj._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+    proj.forward = forward
+    return proj
+
+
+def with_words(proj):
+    "A hook that is told keywords, too."
+    proj.register_forward_hook(lambda module, args, kwargs, y: y - 1, with_kwargs=True)
+    return proj
+
+
+def padded_before(proj):
+    "A hook that brings tokens to the width that a padded matrix needs."
+    wide = nn.Linear(proj.in_features + 3, proj.out_features, **float64)
+    wide.register_forward_pre_hook(lambda module, args: (nn.functional.pad(args[0], (0, 3)),))
+    return wide
+
+
 WRAPPED = {
-    "as it is": lambda layer: None,
-    "a hook before": lambda layer: layer.in_proj.register_forward_pre_hook(lambda proj, args: (args[0] * 3,)),
-    "a hook after": lambda layer: layer.in_proj.register_forward_hook(lambda proj, args, y: y + 0.5),
-    "an adapter": lambda layer: setattr(layer, "in_proj", LowRank(layer.in_proj).double()),
-    "weight_norm": lambda layer: parametrizations.weight_norm(layer.in_proj),
+    "as it is": lambda proj: proj,
+    "a hook before": hooked("forward_pre_hook"),
+    "a hook after": hooked("forward_hook"),
+    "a hook with keywords": with_words,
+    "a hook that pads": padded_before,
+    "an adapter": lambda proj: LowRank(proj).double(),
+    "a subclass": doubling,
+    "another forward": called_otherwise,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "prune": lambda proj: prune.l1_unstructured(proj, "weight", amount=0.3),
+    "weight-only int8": Int8,
+    "float32": in_other_dtype(torch.float32),
+    "bfloat16": in_other_dtype(torch.bfloat16),
+    "float8": in_float8,
+    "offloaded by hooks": brought_when_called,
+    "offloaded by a forward": brought_by_another_forward,
+    "lazy": lambda proj: nn.LazyLinear(proj.out_features, **float64),
+    "compiled": lambda proj: torch.compile(proj, backend="eager"),
 }
 
 
+@pytest.mark.parametrize("name", ["in_proj", "context_proj", "out_proj"])
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind):
-    layer, x = build(), tokens()
-    plain = layer(x)
-    WRAPPED[kind](layer)
-    close(layer(x), layer(x, x))
-    assert (kind in ("as it is", "weight_norm")) == torch.allclose(layer(x), plain)  # the wrapper was there
+def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind, name):
+    "Each projection is called, whatever stands on it, and what it gives is what its rows of the plain layer would."
+    layer, x = build(context_dim=s.e if name == "context_proj" else None).eval(), tokens()
+    setattr(layer, name, WRAPPED[kind](getattr(layer, name)))
+    layer.eval()
+    with torch.no_grad():
+        args = (x,) if name != "context_proj" else (x, x)
+        wanted, y = layer(*args), layer.qkv(*args)
+        for context, value in ((x, None), (x.clone(), None), (x.clone(), x.clone()), (x, x)):
+            close(layer(x, context, value=value), wanted)
+        if name != "out_proj":  # the heads are the stripes of what the module itself gives
+            made = getattr(layer, name)(x)
+            parts = y if name == "in_proj" else y[1:]
+            assert torch.equal(torch.cat([t.transpose(1, 2).flatten(2) for t in parts], -1), made)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_stands_on_a_projection_is_torchs_too_or_refused_by_name(kind, name):
+    layer, x = MultiHeadAttention(48, s.h, **float64).eval(), torch.randn(s.b, s.n, 48, **float64)
+    setattr(layer, name, WRAPPED[kind](getattr(layer, name)).eval())
+    if kind == "as it is":
+        return close(to_torch(layer)(x, x, x)[0], layer(x))
+    with refused(TypeError, name):
+        to_torch(layer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")  # users still have it
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@pytest.mark.parametrize("context_dim", [None, 32])
+def test_projections_in_dynamic_int8_answer_within_its_error(context_dim):
+    layer, x = MultiHeadAttention(32, 4, context_dim=context_dim).eval(), torch.randn(s.b, s.n, 32)
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    assert type(small.in_proj) is not nn.Linear is not type(small.out_proj)
+    calls = [((x, x), {}), ((x, x.clone()), {}), ((x, x), dict(value=x.clone()))]
+    for args, options in calls if context_dim else [((x,), {}), *calls]:
+        exact = layer(*args, is_causal=True)
+        assert (small(*args, is_causal=True, **options) - exact).abs().max() < 0.1 * exact.abs().max()
+    if context_dim is None:
+        got = small(x, is_causal=True, cache=KVCache(s.b, 4, s.n, 8))
+        assert (got - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_exchanged_parameters_go_through_the_same_calls(dtype):
+    layer, x = MultiHeadAttention(s.e, s.h, head_dim=s.d), torch.randn(s.b, s.n, s.e)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert torch.equal(layer(x), layer(x, x.clone(), value=x.clone())) and layer(x).dtype == dtype
+    other = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    exchanged = torch.func.functional_call(layer, other, (x,))
+    torch.testing.assert_close(torch.func.functional_call(layer, other, (x, x.clone())), exchanged)
+    assert not torch.allclose(exchanged, layer(x))
+
+
+# Advice is given where it is true
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_advice_about_dtypes_and_devices_is_true():
+    x = torch.randn(s.b, s.n, s.e)
+    empty = MultiHeadAttention(s.e, s.h, head_dim=s.d, device="meta")
+    with refused(ValueError, "device differs", "in_proj", "no numbers"):
+        empty(x)
+    with refused(ValueError, "device differs", "x meta", "make x on cpu"):
+        MultiHeadAttention(s.e, s.h, head_dim=s.d)(x.to("meta"))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        layer = MultiHeadAttention(s.e, s.h, head_dim=s.d)
+        layer.in_proj.weight = nn.Parameter(layer.in_proj.weight.to(dtype), requires_grad=False)
+        with pytest.raises(TypeError, match=f"in_proj has weights of {dtype}") as told:
+            layer(x)
+        assert "convert" not in str(told.value)
+    layer = MultiHeadAttention(s.e, s.h, head_dim=s.d)
+    with refused(TypeError, "convert with x.to(torch.float32) or layer.to(torch.float64)"):
+        layer(x.double())
+    with pytest.raises(TypeError, match="x.to\\(torch.float32\\)") as told:
+        layer(x.to(torch.float8_e4m3fn))
+    assert "layer.to" not in str(told.value)
 
 
 # Values of a width of their own
@@ -283,6 +458,40 @@ def test_values_of_a_width_of_their_own_pass_through_a_cache():
     weights = layer.attention_map(x, is_causal=True)
     v = layer.qkv(x)[2].repeat_interleave(s.h // s.g, 1)
     close(layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), layer(x, is_causal=True))
+
+
+PLUGS = {
+    "folded": lambda: dict(attend=folded_attend),
+    "window": lambda: dict(attend=partial(attention, window=3, softcap=9.0)),
+    "sinks": lambda: dict(attend=SinkAttention(s.h, **float64)),
+    "temperatures": lambda: dict(attend=HeadTemperature(s.h, **float64)),
+    "RoPE": lambda: dict(position=RoPE(s.d)),
+    "norms": lambda: dict(qk_norm=nn.RMSNorm),
+}
+
+
+@pytest.mark.parametrize("name", PLUGS)
+def test_plugs_take_values_of_a_width_of_their_own(name):
+    "A wide value is two narrow ones side by side: the layer is that of its halves, whatever is plugged in."
+    layer, x = build(value_dim=10, **PLUGS[name]()), tokens()
+    q, k, v = layer.qkv(x)
+    options = dict(mask=None, bias=None, is_causal=True, dropout_p=0.0)
+    halves = torch.cat([layer.attend(q, k, half, **options) for half in v.split((4, 6), -1)], -1)
+    close(layer(x, is_causal=True), layer.out_proj(halves.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    "build_cache", [KVCache, lambda *sizes, **o: PagedCache(BlockPool(9, 2, *sizes[1::2], **o), 2)]
+)
+def test_a_gate_a_clip_and_every_cache_know_the_width_of_values(build_cache):
+    layer, x = build(value_dim=5, finish=OutputGate(s.e, s.h, head_dim=5, **float64)), tokens()
+    cache = build_cache(s.b, s.g, s.n, s.d, value_dim=5, **float64)
+    steps = [layer(piece, is_causal=True, cache=cache) for piece in x.split((2, s.n - 2), 1)]
+    close(torch.cat(steps, 1), layer(x, is_causal=True))
+    sizes, values = largest_logits(layer, x), layer.in_proj.weight[sum(layer.layout.sizes[:2]) :].clone()
+    qk_clip_(layer, sizes, sizes.min().item() / 2)
+    close(largest_logits(layer, x), sizes.min().expand(s.h) / 2)
+    assert torch.equal(layer.in_proj.weight[-len(values) :], values)
 
 
 def test_every_row_belongs_to_one_head_where_values_have_their_own_width():
@@ -409,6 +618,16 @@ def test_values_that_do_not_fit_the_keys_are_refused():
             layer(x, context, value=value)
     with refused(ValueError, "keys need a context"):
         build(context_dim=OTHER)(x, value=tokens(s.n, OTHER))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_layer_that_takes_other_inputs_is_noticed(name):
+    layer, x, context, value = build(), tokens(), tokens(s.m), tokens(s.m)
+    layer.in_proj.register_forward_hook(lambda proj, args, y: y * 2)
+    wrong = INPUTS[name].apply(layer)
+    close(wrong(x), layer(x))
+    with pytest.raises(AssertionError):
+        close(wrong(x, context, value=value), layer(x, context, value=value))
 
 
 # Arguments of another kind
