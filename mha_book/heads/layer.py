@@ -307,17 +307,22 @@ def _turn_of(layer: nn.Module, cache: Cache) -> Iterator[None]:
     with commit_once(cache):
         yield
         if not torch.compiler.is_compiling() and getattr(cache, "in_hand", False):
-            others = [by for by in getattr(cache, "written_by", ()) if by() not in (None, layer)]
-            cache.in_hand = _Writers([ref(layer), *others])
+            writers = getattr(cache, "written_by", ())
+            if not writers or writers[0]() is not layer:
+                others = [by for by in writers if by() not in (None, layer)]
+                writers = _Writers([ref(layer), *others])
+            cache.in_hand = writers
 
 
 def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
     "The tokens that a cache has seen, once it is certain that this layer may go on from them."
-    _check_caches((cache,))
+    if not hasattr(cache, "commit"):
+        _check_caches((cache,))
     seen = cache.seen
-    if isinstance(seen, Tensor) and getattr(x, "ndim", 0) == 3 and len(seen) != len(x):
-        raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other rows "
-                         f"is made anew, or by its reorder")
+    if isinstance(seen, Tensor) and isinstance(x, Tensor) and x.dim() == 3:
+        if seen.size(0) != x.size(0):
+            raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other "
+                             f"rows is made anew, or by its reorder")
     if getattr(cache, "window", None) is not None:
         _check_windows(layer.attend, cache.window, getattr(cache, "keep_first", 0))
     if not torch.compiler.is_compiling():    # what is traced once says nothing of later steps
@@ -331,9 +336,11 @@ def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
         raise RuntimeError("two calls with one cache in one step: commit_once keeps what the "
                            "last one appends, and nothing of the first; give each layer a "
                            "cache of its own, and each call a step of its own")
-    last, *others = [by() for by in getattr(cache, "written_by", ())] or [None]
+    writers = getattr(cache, "written_by", ())
+    last = writers[0]() if writers else None
     if last is None or last is layer:
         return
+    others = [by() for by in writers]
     empty = not seen.any() if isinstance(seen, Tensor) and not seen.is_meta else seen == 0
     if not empty and (layer in others or not _same_keys(layer, last)):
         raise ValueError("the cache holds keys that another layer made; each layer needs a "

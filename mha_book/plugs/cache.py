@@ -481,8 +481,8 @@ def check_new(
     in a backward pass.
     """
     check_forward()
-    for name, t in (("k", k), ("v", v)):
-        check_tensor(name, t)
+    check_tensor("k", k)
+    check_tensor("v", v)
     if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys of shape {tuple(k.shape)} and values of shape "
                          f"{tuple(v.shape)}; needed: batch, heads, tokens, width, and one "
@@ -503,10 +503,11 @@ def check_new(
 # %% ../../nbs/10a_cache.ipynb #check-kind
 def _check_kind(name: str, new: Tensor, buffer: Tensor) -> None:
     "Keys, or values, beside the memory for them."
-    for axis, what in ((0, "batch"), (1, "heads"), (3, "width")):
-        if new.shape[axis] != buffer.shape[axis]:
-            raise ValueError(f"{what} differs: cache {buffer.shape[axis]}, {name} "
-                             f"{new.shape[axis]}; the cache holds {tuple(buffer.shape)}")
+    came, held = new.shape, buffer.shape
+    for axis, what in (0, "batch"), (1, "heads"), (3, "width"):
+        if came[axis] != held[axis]:
+            raise ValueError(f"{what} differs: cache {held[axis]}, {name} {came[axis]}; the "
+                             f"cache holds {tuple(held)}")
     if new.dtype != buffer.dtype:
         raise TypeError(f"dtype differs: cache {buffer.dtype}, {name} {new.dtype}; make the "
                         f"cache with dtype={new.dtype} (under autocast: what it computes in)")
