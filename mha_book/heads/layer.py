@@ -341,8 +341,9 @@ def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
     if last is None or last is layer:
         return
     others = [by() for by in writers]
-    empty = not seen.any() if isinstance(seen, Tensor) and not seen.is_meta else seen == 0
-    if not empty and (layer in others or not _same_keys(layer, last)):
+    if isinstance(seen, Tensor):
+        seen = seen.is_meta or seen.any()
+    if seen and (layer in others or not _same_keys(layer, last)):
         raise ValueError("the cache holds keys that another layer made; each layer needs a "
                          "cache of its own. To begin anew: cache.reset(). To go on from the "
                          "other's keys on purpose: copy.deepcopy(cache)")

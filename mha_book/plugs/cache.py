@@ -189,6 +189,9 @@ class KVCache:
     def __copy__(self) -> "KVCache":
         return self.fork(torch.arange(len(self.k), device=self.k.device))
 
+    def __getstate__(self) -> dict:    # a copy is in no step
+        return vars(self) | dict(in_hand=False, _pending=None)
+
     k = property(lambda self: self.slots.k, doc="The memory for keys.")
     v = property(lambda self: self.slots.v, doc="The memory for values.")
     start = property(lambda self: self.slots.start, doc="The first slot that is filled.")
@@ -460,7 +463,7 @@ def _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window,
         sizes["window"] = window
     for name, value in sizes.items():
         check_count(name, value)
-    if keep_first != 0:
+    if not is_whole(keep_first) or keep_first:
         check_count("keep_first", keep_first)
         if window is None:
             raise ValueError(f"keep_first {keep_first} without a window: a cache that does "
@@ -527,8 +530,8 @@ def check_forward() -> None:
 def check_pending(pending: object | None) -> None:
     "Raise RuntimeError where nothing was appended."
     if pending is None:
-        raise RuntimeError("nothing to commit: append comes first, and a reset, reorder or "
-                           "crop forgets it")
+        raise RuntimeError("nothing to commit: append comes first, and what changes the "
+                           "rows (reset, crop, reorder, drop, join) forgets it")
 
 
 def check_rows(rows: Tensor, count: int, device: torch.device) -> None:
