@@ -22,6 +22,7 @@ from mha_book.heads.single_head import (
     check_dropout,
     check_flag,
     check_tensor,
+    derived_once,
     fused_attend,
     is_whole,
     join_masks,
@@ -207,13 +208,13 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for what does not fit; then no cache has changed.
         """
-        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
         with nullcontext() if cache is None else _turn_of(self, cache):
             q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
-            heads = merge_heads(heads)
+            heads = merge_heads(derived_once(heads) if x.requires_grad else heads)
             return self.out_proj(heads if self.finish is None else self.finish(heads, x))
 
     def qkv(
@@ -255,7 +256,7 @@ class MultiHeadAttention(StackedProjections):
 
         Raises ValueError where the plug is not linear in its values.
         """
-        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=0.0)
         eye = torch.eye(k.shape[2], dtype=v.dtype, device=v.device)
@@ -473,7 +474,7 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, pl
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-call
-def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
+def _check_call(x: Tensor, context: Tensor | None, value: Tensor | None, mask: Tensor | None,
                 key_mask: Tensor | None, bias: Tensor | None, is_causal: bool,
                 cache: Cache | None, key_padding_mask: None) -> None:
     "What `forward` is given beside tokens, before anything is computed."
@@ -490,6 +491,8 @@ def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
         tokens = next((t for t in (context, kept) if t is not None), x)
         check_tensor("x" if tokens is x else "context", tokens)
         check_key_mask(key_mask, tokens)
+    if cache is not None:
+        check_tensor("x", x)
     if context is not None and cache is not None and not hasattr(cache, "ask"):
         raise ValueError("the cache keeps the keys of x; those of a context stay in a "
                          "ContextCache, or are made in every call, without a cache")

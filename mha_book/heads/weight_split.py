@@ -327,7 +327,7 @@ def no_rows(
 ) -> str | None:                 # what is wrong with the first that has none, in words
     """Whether heads have rows: in linear maps whose weight and bias are parameters of their
     own, computed from nothing else and used nowhere else in the layer, of the sizes that
-    the layout counts.
+    the layout counts. Hooks do not move them; but frozen ones may be trained by their hooks.
     """
     own_names = matrices(layer)
     every = [p for name in own_names for p in layer.get_submodule(name)._parameters.values()]
@@ -336,6 +336,8 @@ def no_rows(
         if fault := _more_than_rows(proj) or _other_sizes(layer, name, proj.weight):
             return f"{name} {fault}"
         own = proj.weight, proj.bias
+        if (proj._forward_hooks or proj._forward_pre_hooks) and not own[0].requires_grad:
+            return f"{name} is frozen under forward hooks, in which others may be trained"
         if any(sum(p is other for other in every) > 1 for p in own if p is not None):
             return f"{name} shares its weights with another projection: no head owns its rows"
     return None
@@ -349,8 +351,7 @@ def _more_than_rows(proj: nn.Module) -> str | None:
     own = [proj._parameters.get(name, 0) for name in ("weight", "bias")]
     linear = isinstance(proj, nn.Linear) and kind.forward is nn.Linear.forward
     if not linear or not all(p is None or type(p) is nn.Parameter for p in own):
-        held = f" of {type(own[0]).__name__}" if linear and isinstance(own[0], Tensor) else ""
-        return (f"is {kind.__name__}{held}, whose rows are not its own: take off what wraps or "
+        return (f"is {kind.__name__}, whose rows are not its own: take off what wraps or "
                 f"computes it (an adapter, a parametrization, a quantisation, a sharding) "
                 f"first")
     if "forward" in vars(proj) or kind.__call__ is not nn.Module.__call__:
@@ -366,8 +367,7 @@ def _other_sizes(layer: StackedProjections, name: str, weight: Tensor) -> str | 
     wanted = sum(layer.layout.count(part) * layer.layout.width(part) for part in parts)
     found, what = weight.shape[parts == "o"], "columns" if parts == "o" else "rows"
     return None if found == wanted else (
-        f"has {found} {what}, and the heads of {layer.layout} {wanted}: it is cut "
-        f"otherwise than by heads")
+        f"has {found} {what} for {wanted} of its heads: it is cut otherwise than by heads")
 
 
 # %% ../../nbs/03a_weight_split.ipynb #cut

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .tolerance import tolerance
+from ..kernels.backends import checked_call
 
 # %% ../../nbs/91_testing.ipynb #sizes-code
 # batch, heads, groups, queries, keys, widths; all distinct
@@ -63,6 +64,10 @@ def _mix(
     return sum(p / total * value for p, value in zip(powers, v))
 
 # %% ../../nbs/91_testing.ipynb #reference-code
+def _exactly(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to("cpu", torch.float64)
+
+
 def reference_attention(
     q: Float[Tensor, "b h n d"],               # queries
     k: Float[Tensor, "b g m d"],               # keys
@@ -80,11 +85,11 @@ def reference_attention(
     """Attention by its definition: a loop over batch, head, query and key,
     in float64 on the CPU.
 
-    Slow, and differentiable.
+    Slow, and differentiable. Raises as `attention` does.
     """
-    def there(t): return None if t is None else t.to("cpu", torch.float64)
-
-    q, k, v, bias, sinks = map(there, (q, k, v, bias, sinks))
+    checked_call(q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window, scale=scale,
+                 softcap=softcap, sinks=sinks)
+    q, k, v, bias, sinks = map(_exactly, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
     grid = torch.tensor(True, device="cpu") if mask is None else mask.cpu()
     grid = grid.expand(b, h, n, m)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..heads.single_head import check_inputs, masked_softmax, repeat_groups
 from .floats import float_format, round_to
-from ..kernels.backends import attention, attention_logits, largest_sizes
+from ..kernels.backends import attention, attention_logits
+from ..kernels.merging import largest_sizes
 
 # %% ../../nbs/12c_tolerance.ipynb #rounded
 STEPS = "scale", "scores", "powers", "weights", "mixture"

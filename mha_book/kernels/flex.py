@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..heads.single_head import float32_at_least
 from .backends import BACKENDS, AttentionCall, Backend
-from .torch_private import is_fake
+from .torch_private import is_fake, is_transformed
 
 # %% ../../nbs/07c_flex.ipynb #flex-blocks
 def _near(n: int, m: int, left: int | None, right: int | None, device: torch.device):
@@ -41,7 +41,7 @@ def _flex(call: AttentionCall) -> Tensor:
     """
     from torch.nn.attention.flex_attention import AuxRequest
 
-    q, k, v = call.q, call.k, call.v
+    q, k, v = (t.to(_dtype(call)) for t in (call.q, call.k, call.v))
     if not call.needs_grad:    # on a CPU torch refuses leaves even without gradients
         q, k, v = q.detach(), k.detach(), v.detach()
     sides, options = call.sides, dict(scale=call.scale, score_mod=_score_mod(call))
@@ -53,23 +53,32 @@ def _flex(call: AttentionCall) -> Tensor:
         options["return_aux"] = AuxRequest(lse=True)
     out = _flex_kernel(q.device)(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
     if call.sinks is None:
-        return out
+        return out.to(call.q.dtype)
     out, aux = out    # a sink takes its share of the denominator: e^lse of e^lse + e^sink
-    blind, share = aux.lse == -math.inf, torch.sigmoid(aux.lse - call.sinks[:, None])
-    share = share.masked_fill(blind, 0.0)
-    return out * share[..., None].to(out.dtype)
+    share = torch.sigmoid(aux.lse - call.sinks[:, None])
+    share = share.masked_fill(call.sinks[:, None] == -math.inf, 1.0)    # -inf - -inf is NaN
+    return (out * share[..., None].to(out.dtype)).to(call.q.dtype)
+
+
+def _dtype(call: AttentionCall) -> torch.dtype:
+    "In float32 at least it computes anyway; a float64 bias or sink asks for float64."
+    extras = [t.dtype for t in (call.bias, call.sinks) if t is not None]
+    return torch.float64 if torch.float64 in extras else call.q.dtype
 
 # %% ../../nbs/07c_flex.ipynb #flex-parts
 def _score_mod(call: AttentionCall) -> Callable | None:
     "Softcap, bias and mask as one function of a logit and its place, or None."
     shape = (*call.q.shape[:3], call.k.shape[2])
     top, bias, mask = call.softcap, call.bias, call.mask
+    wide = float32_at_least(_dtype(call))
     if top is None and bias is None and mask is None:
         return None
     same = lambda s, *place: s  # noqa: E731
     capped = biased = visible = same
-    if top is not None:    # as a tensor, for another number would compile another kernel
-        wide = float32_at_least(call.q.dtype)
+    if top is not None and top < torch.finfo(wide).tiny:
+        capped = torch.zeros_like
+    elif top is not None and top <= 2.0 ** 100:    # beyond, it caps nothing; see `capped`
+        # as a tensor, for another number would compile another kernel
         top = torch.full((), top, dtype=wide, device=call.q.device)
         capped = lambda s: top * torch.tanh(s / top)  # noqa: E731
     if bias is not None:
@@ -112,14 +121,22 @@ def _flex_lacks(call: AttentionCall) -> str | None:
         f"the device {device}": device not in ("cpu", "cuda"),
         "empty inputs": 0 in (*call.q.shape, call.k.shape[2], width),
         "gradients on a CPU": device == "cpu" and call.needs_grad,
+        "forward mode, vmap and torch.jit.trace": _is_passed_through(call),
     }
     if device == "cuda":
         reasons |= {
             "Triton, which it is compiled with": importlib.util.find_spec("triton") is None,
-            "float64 on CUDA": call.q.dtype == torch.float64,
+            "float64 on CUDA": _dtype(call) == torch.float64,
             f"heads of width {width}, below 16, on CUDA": width < 16,
         }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_passed_through(call: AttentionCall) -> bool:
+    "Whether a transformation of torch that FlexAttention does not know runs through the call."
+    tensors = call.q, call.k, call.v, call.mask, call.bias, call.sinks
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or any(
+        is_transformed(t) for t in tensors if t is not None))
 
 
 def _flex_declines(call: AttentionCall) -> str | None:

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..heads.layer import MultiHeadAttention
-from ..kernels.backends import attention, attention_logits, largest_sizes
+from ..kernels.backends import attention, attention_logits
+from ..kernels.merging import largest_sizes
 from ..plugs.logits import HeadTemperature, OutputGate, SinkAttention, qk_clip_, z_loss
 
 # %% ../../nbs/13b_stress.ipynb #training

@@ -23,8 +23,16 @@ from mha_book.heads.layer import (
     own_ways,
     width_of_a_head,
 )
-from ..heads.single_head import check_count, float32_at_least, is_number, join_masks
-from ..kernels.backends import attention, attention_logits, largest_sizes
+from mha_book.heads.single_head import (
+    check_count,
+    check_flag,
+    check_floats,
+    float32_at_least,
+    is_number,
+    join_masks,
+)
+from ..kernels.backends import attention, attention_logits
+from ..kernels.merging import largest_sizes
 
 # %% ../../nbs/13a_logits.ipynb #largest
 @torch.no_grad()
@@ -94,6 +102,7 @@ class HeadTemperature(nn.Module):
         """Divide the queries, which divides the logits, and attend. Raises ValueError for
         another number of heads.
         """
+        check_floats("q", q)
         if q.shape[1] != len(self.log_temperature):
             raise ValueError(f"{q.shape[1]} query heads and {len(self.log_temperature)} "
                              f"temperatures: num_heads= counts query heads")
@@ -159,6 +168,7 @@ class OutputGate(nn.Module):
         super().__init__()
         for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             check_count(name, count)
+        check_flag("bias", bias)
         head_dim = width_of_a_head(embed_dim, num_heads) if head_dim is None else head_dim
         check_count("head_dim", head_dim)
         self.gate_proj = nn.Linear(embed_dim, num_heads * head_dim, bias,
@@ -169,7 +179,11 @@ class OutputGate(nn.Module):
         heads: Float[Tensor, "b n hd"],   # what the heads give, side by side
         x: Float[Tensor, "b n e"],        # the tokens that asked
     ) -> Float[Tensor, "b n hd"]:         # what passes
-        "Each number times its gate. Raises ValueError for another number of heads or width."
+        """Each number times its gate. Raises ValueError for another number of heads or width,
+        TypeError for what is no tensor of floats.
+        """
+        check_floats("heads", heads)
+        check_floats("x", x)
         gates = torch.sigmoid(self.gate_proj(x))
         if gates.shape[-1] != heads.shape[-1]:
             raise ValueError(f"{gates.shape[-1]} gates for {heads.shape[-1]} numbers: "
@@ -183,9 +197,11 @@ def z_loss(
 ) -> Float[Tensor, ""]:           # for the loss, times a small number; float32 at least
     """The mean of lse², over the rows that see a key; 0 where none does.
 
+    Raises TypeError for what is no tensor of floats.
     Source: for the logits of words Chowdhery et al. 2022, arXiv 2204.02311, section 5;
     for a router Zoph et al. 2022, arXiv 2202.08906.
     """
+    check_floats("lse", lse)
     lse = lse.to(float32_at_least(lse.dtype))
     sees = lse != -math.inf
     return lse.masked_fill(~sees, 0.0).square().sum() / sees.sum().clamp(min=1)
@@ -244,9 +260,7 @@ def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) ->
 # %% ../../nbs/13a_logits.ipynb #clip-check-sizes
 def _check_sizes(largest: Tensor, shape: tuple[int], device: torch.device) -> None:
     "Raise unless they are the sizes of logits, one a query head."
-    if not isinstance(largest, Tensor) or not largest.is_floating_point():
-        raise TypeError(f"largest must be a floating-point tensor, one size a query head; "
-                        f"got {getattr(largest, 'dtype', largest)!r}")
+    check_floats("largest", largest)
     if largest.shape != shape or largest.device != device:
         raise ValueError(f"largest of shape {tuple(largest.shape)} on {largest.device}; "
                          f"needed: {shape}, one a query head, on {device}")

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
-from ..heads.single_head import check_count, float32_at_least, query_places
+from ..heads.single_head import check_count, check_floats, float32_at_least, query_places
 from ..kernels.backends import attention
 
 # %% ../../nbs/14a_positions.ipynb #sinusoidal
@@ -173,6 +173,8 @@ def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
 def _with_bias(options: AttendOptions, own: Tensor) -> AttendOptions:
     "The options with a plug's own bias, to which a given one is added."
     given = options.get("bias")
+    if given is not None:
+        check_floats("bias", given, ". True = may look goes to mask=")
     return {**options, "bias": own if given is None else own + given}
 
 # %% ../../nbs/14a_positions.ipynb #slopes

@@ -399,6 +399,24 @@ def test_a_report_says_which_layers_have_no_rows():
     assert f"second: {fault}" in str(report)
 
 
+def test_a_report_does_not_call_heads_frozen_that_a_hook_trains():
+    layer, x = build().requires_grad_(False), tokens()
+    adapter = nn.Linear(s.e, layer.in_proj.out_features, bias=False, **float64)
+    layer.in_proj.register_forward_hook(lambda proj, args, y: y + adapter(args[0]))
+    report = gradient_report(nn.ModuleList([layer, adapter]), lambda: layer(x).square().sum())
+    assert not report.heads and ("0", "in_proj is frozen under forward hooks") == (
+        report.without[0][0],
+        report.without[0][1].split(",")[0],
+    )
+    layer.requires_grad_(True)  # a hook moves no rows: what comes to them is what autograd says
+    report = gradient_report(layer, lambda: layer(x).square().sum())
+    layer(x).square().sum().backward()
+    proj, at = layer.in_proj, layer.layout.rows("k", 1)
+    wanted = torch.cat([proj.weight.grad[at].flatten(), proj.bias.grad[at]]).norm().item()
+    (row,) = (row for row in report.heads if (row.part, row.head) == ("k", 1))
+    assert abs(row.norm - wanted) < 1e-9 * wanted
+
+
 def test_a_separate_layer_is_copied_saved_and_its_counts_compared():
     apart, x = separate_projections(build()), tokens()
     assert torch.equal(copy.deepcopy(apart)(x), apart(x)) and isinstance(apart.in_proj, SeparateProjections)

@@ -13,8 +13,13 @@ from mha_book.heads.dialects import from_torch, to_torch
 from mha_book.heads.layer import MultiHeadAttention, commit_once
 from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
+from mha_book.kernels.backends import attention
 from mha_book.plugs.cache import KVCache
-from support.mutants import LAYER
+from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention, largest_logits, qk_clip_
+from mha_book.plugs.paged import BlockPool, PagedCache
+from mha_book.plugs.rope import RoPE
+from mha_book.variants.grouped import folded_attend
+from support.mutants import INPUTS, LAYER
 from support.padded_cache import PaddedCache
 from support.refusals import refused
 
@@ -455,6 +460,40 @@ def test_values_of_a_width_of_their_own_pass_through_a_cache():
     close(layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), layer(x, is_causal=True))
 
 
+PLUGS = {
+    "folded": lambda: dict(attend=folded_attend),
+    "window": lambda: dict(attend=partial(attention, window=3, softcap=9.0)),
+    "sinks": lambda: dict(attend=SinkAttention(s.h, **float64)),
+    "temperatures": lambda: dict(attend=HeadTemperature(s.h, **float64)),
+    "RoPE": lambda: dict(position=RoPE(s.d)),
+    "norms": lambda: dict(qk_norm=nn.RMSNorm),
+}
+
+
+@pytest.mark.parametrize("name", PLUGS)
+def test_plugs_take_values_of_a_width_of_their_own(name):
+    "A wide value is two narrow ones side by side: the layer is that of its halves, whatever is plugged in."
+    layer, x = build(value_dim=10, **PLUGS[name]()), tokens()
+    q, k, v = layer.qkv(x)
+    options = dict(mask=None, bias=None, is_causal=True, dropout_p=0.0)
+    halves = torch.cat([layer.attend(q, k, half, **options) for half in v.split((4, 6), -1)], -1)
+    close(layer(x, is_causal=True), layer.out_proj(halves.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(
+    "build_cache", [KVCache, lambda *sizes, **o: PagedCache(BlockPool(9, 2, *sizes[1::2], **o), 2)]
+)
+def test_a_gate_a_clip_and_every_cache_know_the_width_of_values(build_cache):
+    layer, x = build(value_dim=5, finish=OutputGate(s.e, s.h, head_dim=5, **float64)), tokens()
+    cache = build_cache(s.b, s.g, s.n, s.d, value_dim=5, **float64)
+    steps = [layer(piece, is_causal=True, cache=cache) for piece in x.split((2, s.n - 2), 1)]
+    close(torch.cat(steps, 1), layer(x, is_causal=True))
+    sizes, values = largest_logits(layer, x), layer.in_proj.weight[sum(layer.layout.sizes[:2]) :].clone()
+    qk_clip_(layer, sizes, sizes.min().item() / 2)
+    close(largest_logits(layer, x), sizes.min().expand(s.h) / 2)
+    assert torch.equal(layer.in_proj.weight[-len(values) :], values)
+
+
 def test_every_row_belongs_to_one_head_where_values_have_their_own_width():
     for context_dim in None, OTHER:
         layer = build(value_dim=5, context_dim=context_dim)
@@ -579,6 +618,16 @@ def test_values_that_do_not_fit_the_keys_are_refused():
             layer(x, context, value=value)
     with refused(ValueError, "keys need a context"):
         build(context_dim=OTHER)(x, value=tokens(s.n, OTHER))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_layer_that_takes_other_inputs_is_noticed(name):
+    layer, x, context, value = build(), tokens(), tokens(s.m), tokens(s.m)
+    layer.in_proj.register_forward_hook(lambda proj, args, y: y * 2)
+    wrong = INPUTS[name].apply(layer)
+    close(wrong(x), layer(x))
+    with pytest.raises(AssertionError):
+        close(wrong(x, context, value=value), layer(x, context, value=value))
 
 
 # Arguments of another kind

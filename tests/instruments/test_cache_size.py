@@ -75,3 +75,9 @@ def test_layers_that_roll_stop_growing_and_others_do_not():
 def test_what_is_no_count_is_refused(own_messages, options, error, words):
     with refused(error, *words):
         cache_bytes(**dict(num_layers=2, num_kv_heads=3, head_dim=8, seq_len=5) | options)
+
+
+def test_a_models_values_are_as_wide_as_its_layout_says():
+    layout = HeadLayout(6, 3, 8, 5)
+    assert Model(4, layout).cache_bytes(7, 2) == cache_bytes(4, 3, 8, 7, 2, value_dim=5)
+    assert Model(4, layout, value_dim=0).cache_bytes(7) == cache_bytes(4, 3, 8, 7, value_dim=0)

@@ -960,3 +960,24 @@ def test_what_was_detached_before_names_no_line():
     layer = sample(attend=recalled)
     found = reasons(layer, lambda: layer(x).square().sum())
     assert found == {"v1": "zero on every path"}
+
+
+def test_a_report_follows_values_of_an_input_and_a_width_of_their_own():
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, value_dim=5, dtype=torch.float64)
+    x, context, value = (torch.randn(s.b, n, s.e, dtype=torch.float64) for n in (s.n, s.m, s.m))
+    report = gradient_report(layer, lambda: layer(x, context, value=value).square().sum())
+    layer(x, context, value=value).square().sum().backward()
+    assert not report.silent and len(report.heads) == 2 * s.h + 2 * s.g
+    for row in report.heads:
+        proj, at = layer.rows(row.part, row.head)
+        own = [proj.weight.grad[:, at]] if row.part == "o" else [proj.weight.grad[at], proj.bias.grad[at]]
+        wanted = torch.cat([t.flatten() for t in own]).norm().item()
+        assert abs(row.norm - wanted) < 1e-9 * wanted
+    mask = torch.ones(s.h, s.n, s.m, dtype=torch.bool)
+    mask[1] = False
+    found = {
+        (row.part, row.head): row.reason
+        for row in gradient_report(layer, lambda: layer(x, context, value=value, mask=mask).square().sum()).heads
+        if row.reason
+    }
+    assert found.keys() == {("q", 1), ("o", 1)} and all("masked everywhere" in reason for reason in found.values())

@@ -29,16 +29,16 @@ def counted(call):
 
 def steps(layout, embed_dim, b, n, m, dtype, fused):
     "Each step as a call of torch's own operations and its inputs, on the meta device."
-    h, g, d = layout
-    x, q, y = (torch.empty(b, n, e, dtype=dtype, device="meta") for e in (embed_dim, h * d, h * d))
-    k, v = torch.empty(2, b, g, m, d, dtype=dtype, device="meta")
+    (h, g, d), dv = layout, layout.value_dim
+    x, q, y = (torch.empty(b, n, e, dtype=dtype, device="meta") for e in (embed_dim, h * d, h * dv))
+    k, v = (torch.empty(b, g, m, width, dtype=dtype, device="meta") for width in (d, dv))
     q = q.view(b, n, h, d).transpose(1, 2)
     scores = torch.empty(b, h, n, m, dtype=dtype, device="meta")
-    proj_in = torch.empty((h + 2 * g) * d, embed_dim, dtype=dtype, device="meta")
-    proj_out = torch.empty(embed_dim, h * d, dtype=dtype, device="meta")
+    proj_in = torch.empty(h * d + g * (d + dv), embed_dim, dtype=dtype, device="meta")
+    proj_out = torch.empty(embed_dim, h * dv, dtype=dtype, device="meta")
 
     def shared(t):
-        return t[:, :, None].expand(b, g, h // g, m, d).flatten(1, 2)
+        return t[:, :, None].expand(b, g, h // g, m, t.shape[-1]).flatten(1, 2)
 
     yield "in_proj", F.linear, (x, proj_in)
     if fused:
@@ -53,10 +53,10 @@ def steps(layout, embed_dim, b, n, m, dtype, fused):
 @st.composite
 def layers(draw):
     "A layout and all sizes; heads may be grouped, and their width is its own."
-    g, r, d, e, b, n, past = (
-        draw(st.integers(low, high)) for low, high in ((1, 4), (1, 4), (1, 9), (1, 30), (1, 4), (1, 9), (0, 9))
+    g, r, d, dv, e, b, n, past = (
+        draw(st.integers(low, high)) for low, high in ((1, 4), (1, 4), (1, 9), (1, 9), (1, 30), (1, 4), (1, 9), (0, 9))
     )
-    return HeadLayout(g * r, g, d), e, dict(batch=b, n=n, m=n + past)
+    return HeadLayout(g * r, g, d, draw(st.sampled_from([None, dv]))), e, dict(batch=b, n=n, m=n + past)
 
 
 @given(layers(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.booleans())
@@ -76,7 +76,8 @@ def test_causal_fused_work_is_that_of_the_pairs_seen_and_moves_as_much(layer):
     layout, e, sizes = layer
     full, causal = (layer_work(layout, e, itemsize=2, is_causal=c, **sizes) for c in (False, True))
     pairs = causal_mask(sizes["n"], sizes["m"]).sum().item()
-    assert causal["attention"].flops == 4 * sizes["batch"] * layout.num_heads * layout.head_dim * pairs
+    widths = layout.head_dim + layout.value_dim
+    assert causal["attention"].flops == 2 * sizes["batch"] * layout.num_heads * widths * pairs
     assert causal["attention"].bytes == full["attention"].bytes
     assert causal["in_proj"] == full["in_proj"] and causal["out_proj"] == full["out_proj"]
 
@@ -104,9 +105,8 @@ def test_the_layer_is_the_sum_of_its_steps(layer, fused):
     layout, e, sizes = layer
     h, g, d = layout
     b, n = sizes["batch"], sizes["n"]
-    mha = MultiHeadAttention(
-        e, h, num_kv_heads=g, head_dim=d, bias=False, device="meta", attend=None if fused else plain_attention
-    )
+    own = dict(num_kv_heads=g, head_dim=d, value_dim=layout.value_dim, bias=False)
+    mha = MultiHeadAttention(e, h, **own, device="meta", attend=None if fused else plain_attention)
     work = layer_work(layout, e, batch=b, n=n, itemsize=4, fused=fused)
     flops, _ = counted(lambda: mha(torch.empty(b, n, e, device="meta")))
     assert flops == sum(step.flops for step in work.values())

@@ -485,7 +485,7 @@ class TestBadInput:
             (dict(softcap=-1.0), ValueError, ["softcap -1.0"]),
             (dict(scale=math.nan), ValueError, ["scale nan"]),
             (dict(sinks=torch.zeros(5)), ValueError, ["(5,)", "(6,)"]),
-            (dict(sinks=1.0), TypeError, ["sinks", "1.0"]),
+            (dict(sinks=1.0), TypeError, ["sinks", "torch.Tensor", "float"]),
         ],
     )
     def test_calls_are_refused_as_attention_refuses_them(self, change, error, words):

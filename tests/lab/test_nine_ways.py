@@ -95,6 +95,7 @@ def test_a_wrong_way_is_noticed(monkeypatch, name, mutant):
     [
         (dict(num_kv_heads=3), "num_kv_heads 3, num_heads 6"),
         (dict(head_dim=5), "6 heads of 5 in a width of 48"),
+        (dict(value_dim=5), "values of width 5"),
         (dict(out_dim=20), "out_dim 20 with embed_dim 48"),
         (dict(context_dim=9), "context_dim"),
         (dict(qk_norm=nn.RMSNorm), "qk_norm"),
@@ -106,6 +107,18 @@ def test_a_wrong_way_is_noticed(monkeypatch, name, mutant):
 def test_other_layers_are_refused(name, options, said):
     with pytest.raises(ValueError, match=f"{said}.*MultiHeadAttention\\(embed_dim, num_heads\\)"):
         NINE_WAYS[name](MultiHeadAttention(48, 6, **options))
+
+
+@pytest.mark.parametrize("name", NINE_WAYS)
+def test_layers_that_are_more_than_their_rows_are_refused(name):
+    layer = plain_layer()
+    layer.out_proj.register_forward_hook(lambda proj, args, y: 2 * y)
+    with pytest.raises(TypeError, match="out_proj has forward hooks"):
+        NINE_WAYS[name](layer)
+    layer = plain_layer()
+    layer.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match="forward hooks.*MultiHeadAttention"):
+        NINE_WAYS[name](layer)
 
 
 @pytest.mark.usefixtures("own_messages")

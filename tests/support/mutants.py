@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mha_book.heads.layer import MultiHeadAttention
 from mha_book.kernels.backends import attention
 
 
@@ -75,6 +76,39 @@ LAYER = named(
         "values for keys", "The stacked matrix is read as q, v, k instead of q, k, v.", _with_rows(_values_for_keys)
     ),
     Mutant("one row late", "Every head's rows begin one row too far down.", _with_rows(_one_row_late)),
+)
+
+
+# --- other inputs: layer -> a layer of another class that shares its projections ---
+
+
+class _ReadsWeights(MultiHeadAttention):
+    def qkv(self, x, context=None, *, value=None, offset=0):
+        if context is None:
+            return super().qkv(x, value=value, offset=offset)
+        keys, proj, (h, g, d) = context if value is None else value, self.in_proj, self.layout
+        both = (F.linear(t, proj.weight, proj.bias).unflatten(-1, (h + 2 * g, d)) for t in (x, keys))
+        q, kv = (t.transpose(1, 2) for t in both)
+        return q[:, :h], *kv[:, h:].split(g, 1)
+
+
+class _ForgetsValues(MultiHeadAttention):
+    def qkv(self, x, context=None, *, value=None, offset=0):
+        return super().qkv(x, context, offset=offset)
+
+
+def _as_class(kind):
+    def apply(layer):
+        wrong = copy.copy(layer)
+        wrong.__class__ = kind
+        return wrong
+
+    return apply
+
+
+INPUTS = named(
+    Mutant("reads weights", "With a context the weight is read, the module not called.", _as_class(_ReadsWeights)),
+    Mutant("forgets values", "Values are made of the input of the keys.", _as_class(_ForgetsValues)),
 )
 
 
@@ -225,5 +259,7 @@ DEVICES = named(  # plugs: the first for `position`, the second for `attend`
 )
 
 ALL = dict(
-    itertools.chain.from_iterable(group.items() for group in (LAYER, CLIPS, REPEATS, FOLDS, TURNS, WAYS, DEVICES))
+    itertools.chain.from_iterable(
+        group.items() for group in (LAYER, INPUTS, CLIPS, REPEATS, FOLDS, TURNS, WAYS, DEVICES)
+    )
 )
