@@ -270,7 +270,7 @@ class MultiHeadAttention(StackedProjections):
             q, k, v = self.qkv(x, context, value=value)
             visible = None if key_mask is None else key_mask[:, None, None]
         else:
-            context, offset = _begin(self, x, context, key_mask, cache)
+            context, value, offset = _begin(self, x, context, value, key_mask, cache)
             q, k, v = self.qkv(x, context, value=value, offset=offset)
             k, v, visible = cache.append(k, v, *() if key_mask is None else (key_mask,))
         if mask is not None and visible is not None:
@@ -278,19 +278,20 @@ class MultiHeadAttention(StackedProjections):
         return q, k, v, join_masks(mask, visible)
 
 # %% ../../nbs/03b_layer.ipynb #layer-offset
-def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, key_mask: Tensor | None,
-           cache: Cache) -> tuple[Tensor | None, int | Tensor]:
-    """What keys are to be made of in a call with a cache, and the place of its first token,
-    after the real tokens before this call.
+def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, value: Tensor | None,
+           key_mask: Tensor | None, cache: Cache
+           ) -> tuple[Tensor | None, Tensor | None, int | Tensor]:
+    """What keys and values are to be made of in a call with a cache, and the place of its
+    first token, after the real tokens before this call.
 
     Padding before a row's first real token stands before that token's place.
     """
     seen = _checked_seen(layer, x, cache)
     if hasattr(cache, "ask"):    # the keys of a context are made once
-        return cache.ask(context), seen
-    if key_mask is None:
-        return None, seen
-    return None, seen - (key_mask.cumsum(1) == 0).sum(1)
+        return *cache.ask(context, value), seen
+    if key_mask is not None:
+        seen = seen - (key_mask.cumsum(1) == 0).sum(1)
+    return context, value, seen
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-turns
@@ -307,17 +308,22 @@ def _turn_of(layer: nn.Module, cache: Cache) -> Iterator[None]:
     with commit_once(cache):
         yield
         if not torch.compiler.is_compiling() and getattr(cache, "in_hand", False):
-            others = [by for by in getattr(cache, "written_by", ()) if by() not in (None, layer)]
-            cache.in_hand = _Writers([ref(layer), *others])
+            writers = getattr(cache, "written_by", ())
+            if not writers or writers[0]() is not layer:
+                others = [by for by in writers if by() not in (None, layer)]
+                writers = _Writers([ref(layer), *others])
+            cache.in_hand = writers
 
 
 def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
     "The tokens that a cache has seen, once it is certain that this layer may go on from them."
-    _check_caches((cache,))
+    if not hasattr(cache, "commit"):
+        _check_caches((cache,))
     seen = cache.seen
-    if isinstance(seen, Tensor) and x.ndim == 3 and len(seen) != len(x):
-        raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other rows "
-                         f"is made anew, or by its reorder")
+    if isinstance(seen, Tensor) and isinstance(x, Tensor) and x.dim() == 3:
+        if seen.size(0) != x.size(0):
+            raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other "
+                             f"rows is made anew, or by its reorder")
     if getattr(cache, "window", None) is not None:
         _check_windows(layer.attend, cache.window, getattr(cache, "keep_first", 0))
     if not torch.compiler.is_compiling():    # what is traced once says nothing of later steps
@@ -331,11 +337,14 @@ def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
         raise RuntimeError("two calls with one cache in one step: commit_once keeps what the "
                            "last one appends, and nothing of the first; give each layer a "
                            "cache of its own, and each call a step of its own")
-    last, *others = [by() for by in getattr(cache, "written_by", ())] or [None]
+    writers = getattr(cache, "written_by", ())
+    last = writers[0]() if writers else None
     if last is None or last is layer:
         return
-    empty = not seen.any() if isinstance(seen, Tensor) and not seen.is_meta else seen == 0
-    if not empty and (layer in others or not _same_keys(layer, last)):
+    others = [by() for by in writers]
+    if isinstance(seen, Tensor):
+        seen = seen.is_meta or seen.any()
+    if seen and (layer in others or not _same_keys(layer, last)):
         raise ValueError("the cache holds keys that another layer made; each layer needs a "
                          "cache of its own. To begin anew: cache.reset(). To go on from the "
                          "other's keys on purpose: copy.deepcopy(cache)")
@@ -484,17 +493,9 @@ def _check_call(x: Tensor, context: Tensor | None, value: Tensor | None, mask: T
         check_key_mask(key_mask, tokens)
     if cache is not None:
         check_tensor("x", x)
-        _check_answers(context, value, cache)
-
-
-def _check_answers(context: Tensor | None, value: Tensor | None, cache: Cache) -> None:
-    "What keys and values are made of, beside what a cache keeps of them."
-    if context is not None and not hasattr(cache, "ask"):
+    if context is not None and cache is not None and not hasattr(cache, "ask"):
         raise ValueError("the cache keeps the keys of x; those of a context stay in a "
                          "ContextCache, or are made in every call, without a cache")
-    if value is not None and hasattr(cache, "ask"):
-        raise ValueError("the cache keeps keys and values of one context; where values are "
-                         "made of another input, call without a cache")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
 def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,

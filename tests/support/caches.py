@@ -241,6 +241,11 @@ REFUSED = {
     "window 0": (lambda c: KVCache(1, 1, 8, 1, window=0), ValueError, ("window",)),
     "first without a window": (lambda c: KVCache(1, 1, 8, 1, keep_first=2), ValueError, ("keep_first", "window")),
     "first below 0": (lambda c: KVCache(1, 1, 8, 1, window=2, keep_first=-1), ValueError, ("keep_first",)),
+    "first that is a bool": (
+        lambda c: KVCache(1, 1, 8, 1, window=2, keep_first=False),
+        TypeError,
+        ("keep_first", "bool"),
+    ),
     "no room to roll": (lambda c: KVCache(1, 1, 5, 1, window=4, keep_first=2), ValueError, ("max_len 5", "6")),
 }
 
