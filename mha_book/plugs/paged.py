@@ -347,10 +347,12 @@ class Rows(Tables):
         rows aligned at the right.
         """
         memory, rows = (self.pool.k, self.pool.v), len(self.seen)
-        if self.ragged:    # in place of padding the row's first token
+        if self.ragged:    # in place of padding the row's first token; of no tokens, zeros
             place = torch.arange(added - length, added, device=self.seen.device)
-            slots = self.slots_of((place + self.seen[:, None]).clamp(min=0)).flatten()
-            found = [t.flatten(1, 2).index_select(1, slots) for t in memory]
+            slots = self.slots_of((place + self.seen[:, None]).clamp(min=0))
+            empty = (self.seen + added == 0)[:, None].expand_as(slots).flatten()[:, None]
+            found = [t.flatten(1, 2).index_select(1, slots.flatten()).masked_fill(empty, 0)
+                     for t in memory]
         else:
             found = [t.index_select(1, self.order) for t in memory]
         return [t.view(t.shape[0], rows, -1, t.shape[-1]).transpose(0, 1).narrow(2, 0, length)
