@@ -257,22 +257,27 @@ class MultiHeadAttention(StackedProjections):
             q, k, v = self.qkv(x, context)
             visible = None if key_mask is None else key_mask[:, None, None]
         else:
-            seen = _checked_seen(self, x, cache)
-            q, k, v = self.qkv(x, context, offset=_offset(key_mask, seen))
+            context, offset = _begin(self, x, context, key_mask, cache)
+            q, k, v = self.qkv(x, context, offset=offset)
             k, v, visible = cache.append(k, v, *() if key_mask is None else (key_mask,))
         if mask is not None and visible is not None:
             check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
         return q, k, v, join_masks(mask, visible)
 
 # %% ../../nbs/03b_layer.ipynb #layer-offset
-def _offset(key_mask: Tensor | None, seen: int | Tensor) -> int | Tensor:
-    """The place of a call's first token, after the real tokens before this call.
+def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, key_mask: Tensor | None,
+           cache: Cache) -> tuple[Tensor | None, int | Tensor]:
+    """What keys are to be made of in a call with a cache, and the place of its first token,
+    after the real tokens before this call.
 
     Padding before a row's first real token stands before that token's place.
     """
+    seen = _checked_seen(layer, x, cache)
+    if hasattr(cache, "ask"):    # the keys of a context are made once
+        return cache.ask(context), seen
     if key_mask is None:
-        return seen
-    return seen - (key_mask.cumsum(1) == 0).sum(1)
+        return None, seen
+    return None, seen - (key_mask.cumsum(1) == 0).sum(1)
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-turns
@@ -436,9 +441,11 @@ def _check_call(x: Tensor, context: Tensor | None, key_mask: Tensor | None,
         raise TypeError("key_padding_mask is torch's name, and there True = padding; here it "
                         "is key_mask, and True = a real token: key_mask=~key_padding_mask")
     if key_mask is not None:
-        check_key_mask(key_mask, x if context is None else context)
-    if context is not None and cache is not None:
-        raise ValueError("cache keeps the keys of x; with context, call without a cache")
+        kept = getattr(cache, "context", None)    # where it is not given again
+        check_key_mask(key_mask, next((t for t in (context, kept) if t is not None), x))
+    if context is not None and cache is not None and not hasattr(cache, "ask"):
+        raise ValueError("the cache keeps the keys of x; those of a context stay in a "
+                         "ContextCache, or are made in every call, without a cache")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
 def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None) -> None:

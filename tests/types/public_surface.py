@@ -9,6 +9,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ContextCache,
     Dialect,
     Finish,
     HeadLayout,
@@ -42,7 +43,7 @@ scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64
 positions: list[Position] = [RoPE(16), *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
-caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2)]
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
 
 # the layer
 layout = HeadLayout(4, 2, 16)
