@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import subprocess
 import sys
@@ -182,12 +183,35 @@ def check_fork():
         assert_holds(fork, wanted)
         assert_holds(cache, rows)
         assert_no_block_is_lost(pool, cache, fork)
-        for first, other in (fork, cache), (cache, fork):  # each writes behind what they share
+        for first, other in (fork, cache), (cache, fork), (cache, fork):  # each writes behind what they share
             held = contents(first), contents(other)
             more = grow(first, 2)
             assert_holds(first, [torch.cat(pair, 1) for pair in zip(held[0], more)])
             assert_holds(other, held[1])
             assert_no_block_is_lost(pool, cache, fork)
+
+
+def check_who_writes_first():
+    "The original, a fork of all its tokens, or one of fewer; after a crop, too, and where one of them is gone."
+    for order in itertools.permutations(range(3)):
+        for back in None, 4, 3, 1:
+            pool = pool_of(block_size=4)
+            cache, rows = filled(pool, [7, 6])
+            caches = [cache, cache.fork(torch.tensor([0, 1])), cache.fork(torch.tensor([1, 0]), 5)]
+            held = [rows, rows, [rows[1][:, :5], rows[0][:, :5]]]
+            if back is not None:
+                caches[order[0]].crop(back)
+                held[order[0]] = [row[:, :back] for row in held[order[0]]]
+            for i in order + order:
+                with torch.no_grad():
+                    held[i] = [torch.cat(pair, 1) for pair in zip(held[i], grow(caches[i]))]
+                for one, wanted in zip(caches, held):
+                    assert_holds(one, wanted)
+                assert_no_block_is_lost(pool, *caches)
+            del cache, caches[order[1]], held[order[1]], one
+            for one, wanted in zip(caches, held):
+                assert_holds(one, [torch.cat(pair, 1) for pair in zip(wanted, grow(one))])
+            assert_no_block_is_lost(pool, *caches)
 
 
 def check_join():
@@ -240,7 +264,8 @@ def end_of(how, pool):
     "A cache of two rows and six blocks that ends in this way."
     cache, _ = filled(pool, [8, 7])
     if how == "a cycle":
-        cache.itself = cache
+        cache.itself, cache = cache, None
+        gc.collect()
     elif how == "an uncommitted append":
         cache.append(new(), new())
     elif how == "an exception":
@@ -263,8 +288,7 @@ def end_of(how, pool):
     elif how == "a copy":
         copy.copy(cache).drop(torch.tensor([0]))
     elif how == "a deep copy":
-        twin = copy.deepcopy(cache)
-        assert len(twin.pool.free) == len(pool.free)
+        copy.deepcopy(cache).drop(torch.tensor([0]))
     elif how == "in a thread":
         thread = threading.Thread(target=lambda held=[cache]: held.pop())
         del cache
@@ -278,12 +302,11 @@ ENDS += ["reordered", "a copy", "a deep copy", "in a thread"]
 
 def check_ends(ends=ENDS):
     for how in ends:
-        pool = pool_of(40)
+        pool = pool_of(20)
         held, rows = filled(pool, [5], seed=3)
-        for _ in range(12):  # more than the pool holds at a time
+        for _ in range(4):  # more than the pool holds at a time
             end_of(how, pool)
-            gc.collect()
-        assert len(pool.free) == 40 - 2, how
+        assert len(pool.free) == 20 - 2, how
         assert_no_block_is_lost(pool, held)
         assert_holds(held, rows)
 
@@ -314,6 +337,7 @@ def check_copies():
 CHECKS = [
     check_drop,
     check_fork,
+    check_who_writes_first,
     check_join,
     check_what_was_appended_is_forgotten,
     check_fork_between_append_and_commit,
@@ -406,32 +430,29 @@ torch.set_grad_enabled(False)
 layer = MultiHeadAttention(48, 6, num_kv_heads=3, position=RoPE(8)).double()
 x = torch.randn(2, 40, 48, dtype=torch.float64)
 kind = dict(dtype=torch.float64)
-model = LanguageModel(LanguageModelConfig(11, 16, 3, 4, 2, 4, 24, 64, 1e4, 1e-5)).double().eval()
+model = LanguageModel(LanguageModelConfig(11, 16, 2, 4, 2, 4, 24, 64, 1e4, 1e-5)).double().eval()
 ids = torch.arange(80).view(2, 40) % 11
 
 
-def caches(b=2, start=0):
-    cache = PagedCache(BlockPool(40, 4, 3, 8, **kind), b)
-    if start:
-        layer(x[:b, :start], is_causal=True, cache=cache)
+def begun(start):
+    cache = PagedCache(BlockPool(40, 4, 3, 8, **kind), 2)
+    layer(x[:, :start], is_causal=True, cache=cache)
     return cache
 
 def check(step, whole, text, cache, start=0):
     torch._dynamo.reset()
     made = CompileCounter()
     run, counts = torch.compile(step, backend=made, fullgraph=True), []
-    for i in range(start, 40):
+    for i in range(start, 26):
         got = run(text[:, i:i + 1], cache)
         torch.testing.assert_close(got[:, 0], whole[:, i], atol=1e-12, rtol=0)
         counts.append(made.frame_count)
-    assert counts[-1] == counts[12] <= 6, counts
+    assert counts[-1] == counts[14 - start] <= 6, counts
 
 step, whole = lambda t, cache: layer(t, is_causal=True, cache=cache), layer(x, is_causal=True)
-check(step, whole, x, caches())
-check(step, whole, x, caches(start=7), 7)
-check(step, whole[:1], x[:1], caches(1))
+check(step, whole, x, begun(7), 7)
 pool = BlockPool(80, 4, 2, 4, **kind)
-check(lambda t, cache: model(t, cache=cache), model(ids), ids, [PagedCache(pool, 2) for _ in range(3)])
+check(lambda t, cache: model(t, cache=cache), model(ids), ids, [PagedCache(pool, 2) for _ in range(2)])
 """
 
 

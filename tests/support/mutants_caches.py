@@ -443,7 +443,7 @@ BLOCKS = {
 # --- rows that come and go ------------------------------------------------------------------------------------------
 
 
-def forks(share=True, whole=False, told=True):
+def forks(share=True, whole=False):
     "Tables.fork with its steps changed."
 
     def make(right):
@@ -453,8 +453,6 @@ def forks(share=True, whole=False, told=True):
             new = [old[row][: -(-length // size)] for row, length in zip(rows, lengths)]
             if share:
                 self.pool.share(flat(new))
-            if told:
-                self.set(old, self.lengths)
             return Rows(self.pool, new, lengths)
 
         return wrong
@@ -496,7 +494,6 @@ ROWS = {
     "copies keep what others had": Mutant(BlockPool, "__getstate__", instead(lambda self: self.__dict__)),
     "a fork that is not counted": Mutant(Tables, "fork", forks(share=False)),
     "a fork of all tokens": Mutant(Tables, "fork", forks(whole=True)),
-    "a fork that the original is not told of": Mutant(Tables, "fork", forks(told=False)),
     "joined and kept": Mutant(Tables, "join", instead(joins_and_shares)),
     "joined in front": Mutant(Tables, "join", joins_in_front),
     "join keeps what was appended": Mutant(PagedCache, "join", keeps_pending),
