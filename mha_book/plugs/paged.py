@@ -160,14 +160,13 @@ class PagedCache:
         check_new(*blocks.rows, k, v, key_mask)
         call = Call.of(k.shape[2], key_mask)
         longest = blocks.longest(call)
-        if blocks.has_room(call) and not torch.is_grad_enabled():
+        in_place = blocks.has_room(call) and not torch.is_grad_enabled()
+        if in_place:
             blocks.write(call, k, v)    # behind the rows' ends, where nobody reads
-            new, shown = None, blocks.read(longest, call.n)
         else:
             blocks.check_room(call, longest)
-            new, shown = (k.detach(), v.detach(), key_mask), [
-                call.arrange(*pair) for pair in zip(blocks.read(blocks.end), (k, v))]
-        self._pending = call, longest, new
+        shown = blocks.show(call, longest, k, v, in_place)
+        self._pending = call, longest, None if in_place else (k.detach(), v.detach(), key_mask)
         if not (blocks.ragged or call.ragged):
             return *shown, None
         return *shown, call.visible(shown[0].shape[2], self.seen)
@@ -353,19 +352,32 @@ class Tables:
 class Rows(Tables):
     "Tables, and where the tokens of a call come from and go to."
 
+    def show(self, call: Call, longest: int, k: Tensor, v: Tensor, in_place: bool) -> list[Tensor]:
+        "All keys and values, with those of a call, which may stand in place already."
+        if call.ragged or torch.is_grad_enabled():
+            return [call.arrange(*pair) for pair in zip(self.read(self.end), (k, v))]
+        shown = self.read(longest, call.n)
+        if not in_place:
+            for t, new in zip(shown, (k, v)):
+                t.narrow(2, longest - call.n, call.n).copy_(new)
+        return shown
+
     def read(self, length: int, added: int = 0) -> list[Float[Tensor, "b g m _"]]:
-        """Keys and values of all tokens, and of so many more that are written behind them;
-        rows aligned at the right.
+        """Keys and values of all tokens, and of so many slots behind them; rows aligned at the
+        right.
         """
         memory, rows = (self.pool.k, self.pool.v), len(self.seen)
         if self.ragged:    # in place of padding the row's first token; of no tokens, zeros
             place = torch.arange(added - length, added, device=self.seen.device)
             slots = self.slots_of((place + self.seen[:, None]).clamp(min=0))
-            empty = (self.seen + added == 0)[:, None].expand_as(slots).flatten()[:, None]
+            empty = (self.seen == 0)[:, None].expand_as(slots).flatten()[:, None]
             found = [t.flatten(1, 2).index_select(1, slots.flatten()).masked_fill(empty, 0)
                      for t in memory]
         else:
-            found = [t.index_select(1, self.order) for t in memory]
+            order, more = self.order, -(-length // self.pool.block_size) - self.table.shape[1]
+            if more > 0:    # any blocks, to be written over
+                order = F.pad(self.table, (0, more)).flatten()
+            found = [t.index_select(1, order) for t in memory]
         return [t.view(t.shape[0], rows, -1, t.shape[-1]).transpose(0, 1).narrow(2, 0, length)
                 for t in found]
 
