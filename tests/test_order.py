@@ -36,8 +36,8 @@ LONGER = {
     "heads.layer": 343,
     "plugs.cache.KVCache": 136,
     "plugs.cache": 515,
-    "plugs.paged.PagedCache": 95,
-    "plugs.paged": 318,
+    "plugs.paged.PagedCache": 94,
+    "plugs.paged": 327,
 }
 HEAVY = ("matplotlib", "triton")
 MODULES_BEYOND_TORCH = 60  # how many modules of others `import mha_book` may load on top of torch's own two thousand

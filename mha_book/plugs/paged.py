@@ -293,7 +293,8 @@ class Tables:
         size, self.until = self.pool.block_size, self.end
         if not self.shared:
             self.until += int((-self.seen % size).min()) if self.ragged else -self.end % size
-        self.next, self.order = self.slots_of(self.seen[:, None]), self.table.flatten()
+        self.next = self.slots_of(self.seen[:, None]).flatten()
+        self.order = self.table.flatten()
 
     def slots_of(self, place: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
         "The slots of these tokens of each row."
@@ -378,8 +379,8 @@ class Rows(Tables):
             if more > 0:    # any blocks, to be written over
                 order = F.pad(self.table, (0, more)).flatten()
             found = [t.index_select(1, order) for t in memory]
-        return [t.view(t.shape[0], rows, -1, t.shape[-1]).transpose(0, 1).narrow(2, 0, length)
-                for t in found]
+        return [t.as_strided((rows, t.shape[0], length, t.shape[-1]),
+                             (t.stride(0) // rows, t.stride(0), t.shape[-1], 1)) for t in found]
 
     def write(self, call: Call, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> None:
         "The call's real tokens behind the rows' ends."
@@ -387,7 +388,7 @@ class Rows(Tables):
         if call.n != 1 or not self.has_room(call):
             place = self.seen[:, None] + torch.arange(call.n, device=slots.device)
             slots = self.slots_of(place - call.lead[:, None] if call.ragged else place)
-        slots = slots.flatten() if key_mask is None else slots[key_mask]
+            slots = slots.flatten() if key_mask is None else slots[key_mask]
         for t, new in (self.pool.k, k), (self.pool.v, v):
             new = new.transpose(0, 1)    # g b n d
             new = new.flatten(1, 2) if key_mask is None else new[:, key_mask]
@@ -404,9 +405,7 @@ class Rows(Tables):
     def check_room(self, call: Call, longest: int) -> None:
         "Raise ValueError where too few blocks are free for a call."
         pool, needed = self.pool, self.needed(call, longest)
-        if needed > pool.left:
-            pool.collect()
-        if needed > pool.left:
+        if needed > pool.left and needed > len(pool.free):    # after a look at who has died
             raise ValueError(f"pool full: {pool.left} of {len(pool.stack)} blocks free, and "
                              f"{needed} needed; make it with more (num_blocks=), or give rows "
                              f"back by drop, crop or reset")
