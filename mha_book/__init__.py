@@ -15,7 +15,7 @@ from mha_book.heads.dialects import (
     from_torch,
     to_torch,
 )
-from .heads.head_counts import pad_heads
+from .heads.head_counts import pad_heads, separate_projections, stack_projections
 from .heads.head_list import HeadList
 from .heads.layer import Attend, Cache, Finish, MultiHeadAttention, Position, commit_once, nearest_head_counts
 from .heads.masks import convert_mask
@@ -65,7 +65,8 @@ from mha_book.variants.grouped import (
 __all__ = [
     # The layer
     "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
-    "nearest_head_counts", "pad_heads", "AttentionHead", "HeadList",
+    "nearest_head_counts", "pad_heads", "separate_projections", "stack_projections",
+    "AttentionHead", "HeadList",
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias",
     "HeadTemperature", "SinkAttention",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from .layer import Attend, Finish, MultiHeadAttention, Position
+from .layer import Attend, Finish, MultiHeadAttention, Position, own_ways
 from .single_head import fused_attend, plain_attention
 from .weight_split import HeadLayout, not_plain
 
@@ -303,9 +303,9 @@ def _dialect(dialect: str | Dialect, heads: HeadLayout) -> Dialect:
 
 def _check_saved(saved: Tensor, heads: HeadLayout) -> None:
     "The head counts that a layer of this book saves must be those that were told."
-    if saved.tolist() != [*heads]:
-        raise ValueError(f"the weights were saved with [num_heads, num_kv_heads, head_dim] "
-                         f"= {saved.tolist()}, and are to be read with {[*heads]}")
+    if fault := heads.unlike(saved):
+        raise ValueError(f"{fault}, with which they are to be read")
+
 
 # %% ../../nbs/04a_layouts.ipynb #from-state-dict
 def from_state_dict(
@@ -409,12 +409,14 @@ def to_torch(
     """
     if fault := not_plain(layer):
         raise TypeError(fault)
-    (h, g, d), e, out = layer.layout, layer.in_proj.in_features, layer.out_proj
+    (h, g, d), dv, out = layer.layout, layer.layout.value_dim, layer.out_proj
+    e = layer.in_proj.in_features
     _refuse("nn.MultiheadAttention", {
         f"{h} query heads on {g} key-value heads": g != h,
         f"{h} heads of width {d} in a width of {e}": h * d != e,
         f"an output of width {out.out_features}": out.out_features != e,
-        "a forward of its own": type(layer).forward is not MultiHeadAttention.forward,
+        f"values of width {dv} beside keys of width {d}": dv != d,
+        f"{own_ways(layer)}": own_ways(layer) is not None,
         "finish": layer.finish is not None,
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": layer.attend not in (plain_attention, fused_attend)})

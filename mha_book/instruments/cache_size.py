@@ -47,7 +47,7 @@ class Model:
 
     num_layers: int
     layout: HeadLayout              # its heads
-    value_dim: int | None = None    # width of a value, where it is not that of a key
+    value_dim: int | None = None    # width of a value; the layout's unless told
     window: int | None = None       # of the layers that roll
     rolling: int = 0                # how many of the layers do
 
@@ -59,8 +59,9 @@ class Model:
     ) -> int:                       # bytes
         "Of all layers, those that roll and those that keep all."
         _, g, d = self.layout
+        dv = self.layout.value_dim if self.value_dim is None else self.value_dim
         parts = (self.num_layers - self.rolling, None), (self.rolling, self.window)
-        return sum(cache_bytes(layers, g, d, seq_len, batch_size, value_dim=self.value_dim,
+        return sum(cache_bytes(layers, g, d, seq_len, batch_size, value_dim=dv,
                                window=window, dtype=dtype)
                    for layers, window in parts if layers)
 

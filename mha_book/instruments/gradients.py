@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, join_masks
-from ..heads.weight_split import StackedProjections, not_plain
+from ..heads.weight_split import StackedProjections, no_rows
 from ..kernels.torch_private import is_custom_backward, is_view, own_buffers
 
 # %% ../../nbs/05_gradients.ipynb #node
@@ -91,6 +91,7 @@ class GradientReport:
 
     heads: tuple[Gradient, ...]        # one per layer, part and head
     parameters: tuple[Gradient, ...]   # one per parameter
+    without: tuple[tuple[str, str], ...] = ()   # layers whose heads have no rows, and why
 
     @property
     def silent(self) -> tuple[Gradient, ...]:
@@ -107,7 +108,8 @@ class GradientReport:
         width = max(len(row.name) for row in self.parameters)
         lines = [f"  {row.name:{width}}{_cell(row.norm)}" for row in self.parameters]
         return "\n".join([*_head_lines(self.heads), "parameter", *lines,
-                          *_reason_lines(self.silent + self.not_finite)])
+                          *_reason_lines(self.silent + self.not_finite),
+                          *(f"{name or 'the layer'}: {fault}" for name, fault in self.without)])
 
 # %% ../../nbs/05_gradients.ipynb #report-cell
 def _cell(norm: float | None) -> str:
@@ -138,10 +140,10 @@ def _reason_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
 # %% ../../nbs/05_gradients.ipynb #pieces
 def _pieces(layer: StackedProjections, part: str, head: int) -> list[tuple[Tensor, object]]:
     "The parameters that hold one head's part, each with the place of it there."
-    proj, rows = layer.rows(part, head)
-    if part == "o":
-        return [(proj.weight, (slice(None), rows))]
-    return [(p, rows) for p in (proj.weight, proj.bias) if p is not None]
+    name, rows = layer.place(part, head)
+    own = layer.get_submodule(name).named_parameters()
+    return [(p, (slice(None), rows) if part == "o" else rows) for kind, p in own
+            if kind == "weight" or part != "o"]
 
 # %% ../../nbs/05_gradients.ipynb #cut
 _KINDS = "detached", "overwritten"
@@ -288,9 +290,9 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/05_gradients.ipynb #sees
 def _sees(layer: MultiHeadAttention, x: Tensor, context: Tensor | None = None, *,
-          mask: Tensor | None = None, key_mask: Tensor | None = None,
-          bias: Tensor | None = None, is_causal: bool = False, cache=None,
-          key_padding_mask: None = None) -> Tensor:
+          value: Tensor | None = None, mask: Tensor | None = None,
+          key_mask: Tensor | None = None, bias: Tensor | None = None,
+          is_causal: bool = False, cache=None, key_padding_mask: None = None) -> Tensor:
     "For each head, whether any query may look at any key in this call of `layer`."
     n, m = x.shape[1], (x if context is None else context).shape[1]
     grid = torch.ones(1, layer.layout.num_heads, 1, 1, dtype=torch.bool, device=x.device)
@@ -382,11 +384,12 @@ class _Inquiry:
 # %% ../../nbs/05_gradients.ipynb #rows
 def _head_rows(inquiry: _Inquiry, name: str, layer: StackedProjections) -> Iterator:
     "A row for each part of each head of `layer`."
-    h, g, _ = layer.layout
-    for part, count in zip("qkvo", (h, g, g, h)):
-        for i in range(count):
-            serves = range(i * h // count, (i + 1) * h // count)
-            yield inquiry.row(name, _pieces(layer, part, i), part, i, layer, serves)
+    for part in "qkvo":
+        r = layer.layout.num_heads // layer.layout.count(part)    # query heads that it serves
+        for i in range(layer.layout.count(part)):
+            serves, pieces = range(i * r, i * r + r), _pieces(layer, part, i)
+            yield inquiry.row(name, pieces, part, i, layer, serves)
+
 
 # %% ../../nbs/05_gradients.ipynb #gradient-report
 def gradient_report(
@@ -400,13 +403,15 @@ def gradient_report(
     Parameters, `.grad`, buffers, hooks and torch's random state stay as they were; hooks on
     gradients run, also with made-up gradients, and `loss` must not go backward itself.
     A way that leaves torch, by `.numpy()` or `.item()`, is not followed. Layers whose
-    weights are computed from others (adapters, weight norm) have no rows for heads.
+    weights are computed from others (adapters, weight norm) have no rows for heads, and
+    stand in `.without` with the reason.
     Raises TypeError where `loss` is or gives no tensor,
     ValueError where that is no scalar, `module` has no parameters,
     or the way back leads through a reentrant checkpoint.
     """
-    layers = {name: layer for name, layer in module.named_modules()
-              if isinstance(layer, StackedProjections) and not not_plain(layer)}
+    faults = {name: no_rows(layer) for name, layer in module.named_modules()
+              if isinstance(layer, StackedProjections)}
+    layers = {name: module.get_submodule(name) for name in faults if not faults[name]}
     with _as_it_was(module):
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
         _check_report(module, watched[0])
@@ -417,7 +422,9 @@ def gradient_report(
                  for p, _ in _pieces(layer, part, 0)}
         parameters = [inquiry.row(name, [(p, ...)], **owner.get(p, {}))
                       for name, p in module.named_parameters()]
-    return GradientReport(tuple(heads), tuple(parameters))
+    return GradientReport(tuple(heads), tuple(parameters),
+                          tuple(item for item in faults.items() if item[1]))
+
 
 # %% ../../nbs/05_gradients.ipynb #check-module
 def _check_report(module: nn.Module, value: Tensor) -> None:

@@ -83,7 +83,7 @@ PEAKS = {
 
 # %% ../../nbs/06b_roofline.ipynb #layer-work
 def layer_work(
-    layout: HeadLayout,        # heads h, key-value heads g, width d
+    layout: HeadLayout,        # heads h, key-value heads g, widths d and dv
     embed_dim: int,            # width of a token, e
     *,
     batch: int,                # sequences, b
@@ -103,9 +103,10 @@ def layer_work(
     """
     m = n if m is None else m
     _check_work(layout, is_causal, fused, embed_dim, batch, n, m, itemsize)
-    h, g, d = layout
-    rows, tokens = sum(layout.sizes), batch * n
-    queries, keys, scores = tokens * h * d, batch * m * g * d, batch * h * n * m
+    (h, g, d), dv = layout, layout.value_dim
+    rows, tokens, scores = sum(layout.sizes), batch * n, batch * h * n * m
+    queries, mixed = tokens * h * d, tokens * h * dv
+    keys, values = batch * m * g * d, batch * m * g * dv
 
     def work(flops, *numbers):
         return Work(flops, itemsize * sum(numbers))
@@ -114,12 +115,12 @@ def layer_work(
                              rows * embed_dim, tokens * rows)}
     if fused:
         seen = scores - is_causal * batch * h * n * (n - 1) // 2
-        steps["attention"] = work(4 * seen * d, queries, keys, keys, queries)
+        steps["attention"] = work(2 * seen * (d + dv), queries, keys, values, mixed)
     else:
         steps["scores"] = work(2 * scores * d, queries, keys, scores)
         steps["softmax"] = work(0, scores, scores)
-        steps["mix"] = work(2 * scores * d, scores, keys, queries)
-    steps["out_proj"] = work(2 * queries * embed_dim, queries, h * d * embed_dim,
+        steps["mix"] = work(2 * scores * dv, scores, values, mixed)
+    steps["out_proj"] = work(2 * mixed * embed_dim, mixed, h * dv * embed_dim,
                              tokens * embed_dim)
     return steps
 

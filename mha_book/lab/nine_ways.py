@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..heads.layer import MultiHeadAttention
+from ..heads.layer import MultiHeadAttention, own_ways
 from ..heads.single_head import causal_mask, fused_attend
-from ..heads.weight_split import merge_heads, split_heads
+from ..heads.weight_split import merge_heads, not_plain, split_heads
 
 # %% ../../nbs/07d_nine_ways.ipynb #way
 class Way(nn.Module):
@@ -60,23 +60,31 @@ def _check_plain(layer: nn.Module) -> None:
     "Refuse layers that some of the nine ways cannot express."
     if not isinstance(layer, MultiHeadAttention):
         raise TypeError(f"layer must be a MultiHeadAttention, got {type(layer).__name__}")
-    h, g, d = layer.layout
-    e, out = layer.in_proj.in_features, layer.out_proj.out_features
-    faults = {
-        f"num_kv_heads {g}, num_heads {h}": h != g,
-        f"{h} heads of {d} in a width of {e}": h * d != e,
-        f"out_dim {out} with embed_dim {e}": out != e,
-        "context_dim": layer.context_proj is not None,
-        "qk_norm": layer.q_norm is not None,
-        "position": layer.position is not None,
-        "attend": layer.attend is not fused_attend,
-        "finish": layer.finish is not None,
-        f"dropout {layer.dropout}": layer.dropout != 0,
-    }
-    found = [name for name, there in faults.items() if there]
+    if fault := not_plain(layer):
+        raise TypeError(fault)
+    found = [name for name, there in _beyond(layer).items() if there]
     if found:
         raise ValueError(f"not all nine ways have {'; '.join(found)}: they take a plain "
                          f"layer, MultiHeadAttention(embed_dim, num_heads)")
+
+
+def _beyond(layer: MultiHeadAttention) -> dict[str, bool]:
+    "What some of the nine cannot express, and whether the layer has it."
+    (h, g, d), dv = layer.layout, layer.layout.value_dim
+    e, out = layer.in_proj.in_features, layer.out_proj.out_features
+    return {
+        f"num_kv_heads {g}, num_heads {h}": h != g,
+        f"{h} heads of {d} in a width of {e}": h * d != e,
+        f"values of width {dv}": dv != d,
+        f"out_dim {out} with embed_dim {e}": out != e,
+        "context_dim": layer.context_proj is not None,
+        "attend": layer.attend is not fused_attend,
+        **{name.replace("q_", "qk_"): getattr(layer, name) is not None
+           for name in ("q_norm", "position", "finish")},
+        f"{own_ways(layer)}": own_ways(layer) is not None,
+        f"dropout {layer.dropout}": layer.dropout != 0,
+    }
+
 
 # %% ../../nbs/07d_nine_ways.ipynb #list
 class HeadsInTurn(Way):

@@ -211,6 +211,9 @@ class LanguageModel(nn.Module):
         Raises ValueError where `ids` without a cache are more than the model was trained
         on, or the caches are not one per layer.
         """
+        if cache is not None and not isinstance(cache, (list, tuple)):
+            raise TypeError(f"cache must be a list with one for each layer, got "
+                            f"{type(cache).__name__}; make it with new_cache")
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"{len(cache)} caches for {len(self.layers)} layers; "
                              f"make them with new_cache")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..heads.single_head import check_count, is_whole
+from ..heads.single_head import check_count, check_tensor, is_whole
 from ..kernels.backends import window_mask
 from ..kernels.torch_private import in_backward
 
@@ -188,6 +188,9 @@ class KVCache:
 
     def __copy__(self) -> "KVCache":
         return self.fork(torch.arange(len(self.k), device=self.k.device))
+
+    def __getstate__(self) -> dict:    # a copy is in no step
+        return vars(self) | dict(in_hand=False, _pending=None)
 
     k = property(lambda self: self.slots.k, doc="The memory for keys.")
     v = property(lambda self: self.slots.v, doc="The memory for values.")
@@ -460,7 +463,7 @@ def _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window,
         sizes["window"] = window
     for name, value in sizes.items():
         check_count(name, value)
-    if keep_first != 0:
+    if not is_whole(keep_first) or keep_first:
         check_count("keep_first", keep_first)
         if window is None:
             raise ValueError(f"keep_first {keep_first} without a window: a cache that does "
@@ -481,6 +484,8 @@ def check_new(
     in a backward pass.
     """
     check_forward()
+    check_tensor("k", k)
+    check_tensor("v", v)
     if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"keys of shape {tuple(k.shape)} and values of shape "
                          f"{tuple(v.shape)}; needed: batch, heads, tokens, width, and one "
@@ -489,6 +494,7 @@ def check_new(
     _check_kind("v", v, values)
     if key_mask is None:
         return
+    check_tensor("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
         raise TypeError(f"key_mask has dtype {key_mask.dtype}; it must be torch.bool, True = "
                         f"a real token")
@@ -500,10 +506,11 @@ def check_new(
 # %% ../../nbs/10a_cache.ipynb #check-kind
 def _check_kind(name: str, new: Tensor, buffer: Tensor) -> None:
     "Keys, or values, beside the memory for them."
-    for axis, what in ((0, "batch"), (1, "heads"), (3, "width")):
-        if new.shape[axis] != buffer.shape[axis]:
-            raise ValueError(f"{what} differs: cache {buffer.shape[axis]}, {name} "
-                             f"{new.shape[axis]}; the cache holds {tuple(buffer.shape)}")
+    came, held = new.shape, buffer.shape
+    for axis, what in (0, "batch"), (1, "heads"), (3, "width"):
+        if came[axis] != held[axis]:
+            raise ValueError(f"{what} differs: cache {held[axis]}, {name} {came[axis]}; the "
+                             f"cache holds {tuple(held)}")
     if new.dtype != buffer.dtype:
         raise TypeError(f"dtype differs: cache {buffer.dtype}, {name} {new.dtype}; make the "
                         f"cache with dtype={new.dtype} (under autocast: what it computes in)")
@@ -523,8 +530,8 @@ def check_forward() -> None:
 def check_pending(pending: object | None) -> None:
     "Raise RuntimeError where nothing was appended."
     if pending is None:
-        raise RuntimeError("nothing to commit: append comes first, and a reset, reorder or "
-                           "crop forgets it")
+        raise RuntimeError("nothing to commit: append comes first, and what changes the "
+                           "rows (reset, crop, reorder, drop, join) forgets it")
 
 
 def check_rows(rows: Tensor, count: int, device: torch.device) -> None:
@@ -601,8 +608,8 @@ def cropped_length(
 def _check_whole_numbers(name: str, numbers: Tensor, device: torch.device) -> None:
     "Raise unless `numbers` is an int tensor on `device`."
     if not isinstance(numbers, Tensor) or numbers.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int64 tensor, one number a row, got "
-                        f"{getattr(numbers, 'dtype', numbers)!r}")
+        got = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise TypeError(f"{name} must be an int64 tensor, one number a row, got {got}")
     if numbers.device != device:
         raise ValueError(f"device differs: cache {device}, {name} {numbers.device}")
 
@@ -636,7 +643,8 @@ class ContextCache:
 
     def reset(self) -> None:
         "Forget the context."
-        self.k = self.v = self.key_mask = self.context = self._asked = self._pending = None
+        self.k = self.v = self.key_mask = self.context = self.value = None
+        self._asked = self._pending = None
 
     @property
     def seen(self) -> int | Int[Tensor, "b"]:
@@ -646,19 +654,24 @@ class ContextCache:
 
     def ask(
         self,
-        context: Float[Tensor, "b m c"] | None,    # what the layer is called with
-    ) -> Float[Tensor, "b _ c"]:                   # what it is to make keys of
-        """The context in the first call, and none of its tokens later. Raises ValueError for
-        no context in the first call, and for another one later.
+        context: Float[Tensor, "b m c"] | None,       # what the layer is called with
+        value: Float[Tensor, "b m c"] | None = None,  # what values are made of, if not of it
+    ) -> tuple[Float[Tensor, "b _ c"], Float[Tensor, "b _ c"] | None]:
+        """What the layer is to make keys and values of: both in the first call, and none of
+        their tokens later. Raises ValueError for no context in the first call, and for others
+        later.
         """
-        if self.k is None and context is None:
+        if self.k is not None:
+            for given, kept in ((context, self.context), (value, self.value)):
+                if given is not kept and (given is not None or context is not None):
+                    _check_context(given, kept)
+            return self.context[:, :0], None
+        if context is None:
             raise ValueError("a ContextCache makes its keys in the first call, which needs the "
                              "context: layer(x, context, cache=kept), then "
                              "layer(x, cache=kept)")
-        self._asked = context if self.k is None else self.context
-        if context is not None and context is not self._asked:
-            _check_context(context, self.context)
-        return self._asked if self.k is None else self._asked[:, :0]
+        self._asked = context, value
+        return self._asked
 
     def append(
         self,
@@ -669,20 +682,26 @@ class ContextCache:
                Bool[Tensor, "b 1 1 m"] | None]:
         "All keys and values, and which may be seen. Raises as `KVCache.append` does."
         check_forward()
+        check_tensor("k", k)
         if self.k is not None:
             if k.shape[2]:
                 raise ValueError(f"the keys of a context of {self.k.shape[2]} tokens are kept "
                                  f"already, got {k.shape[2]} more; reset() forgets them")
             k, v = self.k, self.v
+            self._pending = self._kept()
             key_mask = self.key_mask if key_mask is None else key_mask
-        self._pending = k, v, self.key_mask if k is self.k else key_mask, self._asked
+        elif self._asked is None:
+            raise RuntimeError("a ContextCache is filled by a layer, which knows the context: "
+                               "layer(x, context, cache=kept)")
+        else:
+            self._pending = k, v, key_mask, *self._asked
         return k, v, None if key_mask is None else key_mask[:, None, None]
 
     def commit(self) -> None:
         "Keep the context of the first call. Raises RuntimeError where nothing was appended."
         check_pending(self._pending)
-        self.k, self.v, self.key_mask, self.context = self._pending
-        self._pending = None
+        self.k, self.v, self.key_mask, self.context, self.value = self._pending
+        self._asked = self._pending = None
 
     def crop(
         self,
@@ -702,20 +721,23 @@ class ContextCache:
             raise ValueError("no context is kept, so there are no rows yet: they are those of "
                              "the context in the first call")
         check_rows(rows, len(self.k), self.k.device)
-        kept = self.k, self.v, self.key_mask, self.context
-        self._pending = [t if t is None else t[rows] for t in kept]
+        self._pending = [t if t is None else t[rows] for t in self._kept()]
         self.commit()
+
+    def _kept(self) -> tuple:
+        return self.k, self.v, self.key_mask, self.context, self.value
 
     def __repr__(self) -> str:
         kept = "nothing yet" if self.k is None else tuple(self.k.shape)
         return f"ContextCache(keys of {kept})"
 
 
-def _check_context(context: Tensor, kept: Tensor) -> None:
-    "Raise ValueError where a context is not the one whose keys are kept."
-    alike = context.shape == kept.shape and context.dtype == kept.dtype
-    if not alike or context.device != kept.device or not torch.equal(context, kept):
-        raise ValueError(f"another context, of shape {tuple(context.shape)}, than the one of "
-                         f"shape {tuple(kept.shape)} whose keys are kept: leave it out, or "
-                         f"call reset() first")
+def _check_context(given: Tensor | None, kept: Tensor | None) -> None:
+    "Raise ValueError where this is not the text whose keys, or values, are kept."
+    shapes = [None if t is None else tuple(t.shape) for t in (given, kept)]
+    kinds = [t is not None and (t.dtype, t.device) for t in (given, kept)]
+    if shapes[0] != shapes[1] or kinds[0] != kinds[1] or not torch.equal(given, kept):
+        raise ValueError(f"another context (or value), of shape {shapes[0]}, than the one of "
+                         f"shape {shapes[1]} whose keys are kept: leave it out, or call "
+                         f"reset() first")
 

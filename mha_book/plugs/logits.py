@@ -20,6 +20,7 @@ from mha_book.heads.layer import (
     AttendOptions,
     MultiHeadAttention,
     check_key_mask,
+    own_ways,
     width_of_a_head,
 )
 from ..heads.single_head import check_count, float32_at_least, is_number, join_masks
@@ -75,8 +76,13 @@ class HeadTemperature(nn.Module):
         super().__init__()
         check_count("num_heads", num_heads)
         self.log_temperature = nn.Parameter(
-            torch.zeros(num_heads, device=device, dtype=dtype))
+            torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "All temperatures are 1."
+        nn.init.zeros_(self.log_temperature)
 
     def forward(
         self,
@@ -111,8 +117,13 @@ class SinkAttention(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
-        self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+        self.sinks = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "All sinks are 0."
+        nn.init.zeros_(self.sinks)
 
     def forward(
         self,
@@ -140,7 +151,8 @@ class OutputGate(nn.Module):
         embed_dim: int,                # width of a token, e
         num_heads: int,                # query heads, h
         *,
-        head_dim: int | None = None,   # width of a head, d; embed_dim / h unless told
+        # width of what a head gives: value_dim, or head_dim; embed_dim / h unless told
+        head_dim: int | None = None,
         bias: bool = True,             # whether the gate adds a learned vector
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
@@ -161,7 +173,8 @@ class OutputGate(nn.Module):
         gates = torch.sigmoid(self.gate_proj(x))
         if gates.shape[-1] != heads.shape[-1]:
             raise ValueError(f"{gates.shape[-1]} gates for {heads.shape[-1]} numbers: "
-                             f"OutputGate needs the layer's num_heads and head_dim")
+                             f"OutputGate needs the layer's num_heads and head_dim "
+                             f"(or value_dim, where it is another)")
         return heads * gates
 
 # %% ../../nbs/13a_logits.ipynb #z-loss
@@ -215,9 +228,11 @@ def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) ->
     if layer.q_norm is not None or layer.k_norm is not None:
         raise ValueError("the layer has qk_norm, which undoes what is done to the rows "
                          "before it: hold the logits by the norm or by the clip")
+    if own := own_ways(layer, "qkv"):
+        raise TypeError(f"the layer has {own}, so that its rows are not its queries and keys")
     for part in "qk":
-        layer.rows(part, 0)    # raises where the projection has no rows of its own
-    _check_sizes(largest, (layer.layout.num_heads,), layer.in_proj.weight.device)
+        proj, _ = layer.rows(part, 0)    # raises where its rows are not all that it computes
+    _check_sizes(largest, (layer.layout.num_heads,), proj.weight.device)
     if not is_number(threshold):
         raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not 0.0 < threshold < math.inf:

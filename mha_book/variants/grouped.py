@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import with_heads
+from ..heads.head_counts import check_answers, with_heads
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import check_count, check_inputs, float32_at_least, fused_attend
 from ..heads.weight_split import HeadLayout, not_plain
@@ -25,8 +25,8 @@ def repeat_kv_heads(
     """Each key-value head becomes several equal ones, side by side, so that every query
     head finds the keys that it had. `mean_kv_heads` takes it back.
 
-    Raises TypeError or ValueError where `num_kv_heads` is no such number, or the
-    projections have no rows of their own.
+    Raises TypeError or ValueError where `num_kv_heads` is no such number, the projections
+    have no rows of their own, or a plug counts key-value heads.
     """
     check_count("num_kv_heads", num_kv_heads)
     h, g, _ = layer.layout
@@ -34,8 +34,10 @@ def repeat_kv_heads(
         raise ValueError(f"num_kv_heads {num_kv_heads} must be a multiple of the layer's "
                          f"{g} key-value heads, and divide its {h} query heads")
     copies = num_kv_heads // g
-    return _with_kv_heads(layer, num_kv_heads,
-                          lambda heads: heads.repeat_interleave(copies, dim=0))
+    new = _with_kv_heads(layer, num_kv_heads,
+                         lambda heads: heads.repeat_interleave(copies, dim=0))
+    check_answers(new, layer)
+    return new
 
 # %% ../../nbs/16_grouped.ipynb #with-kv-heads
 def _with_kv_heads(
@@ -45,7 +47,7 @@ def _with_kv_heads(
 ) -> MultiHeadAttention:
     "A copy of `layer` whose key heads, and whose value heads, are changed."
     h, _, d = layer.layout
-    return with_heads(layer, HeadLayout(h, num_kv_heads, d),
+    return with_heads(layer, HeadLayout(h, num_kv_heads, d, layer.layout.value_dim),
                       lambda part, heads: change(heads) if part in "kv" else heads)
 
 # %% ../../nbs/16_grouped.ipynb #folded
@@ -114,7 +116,7 @@ def _group_size(layer: MultiHeadAttention, num_kv_heads: int) -> int:
 def rotate_kv_heads(
     layer: MultiHeadAttention,                     # a layer with g key-value heads
     keys: Float[Tensor, "g d d"] | None = None,    # a rotation for each key head, or None
-    values: Float[Tensor, "g d d"] | None = None,  # a rotation for each value head, or None
+    values: Float[Tensor, "g v v"] | None = None,  # a rotation for each value head, or None
 ) -> MultiHeadAttention:                           # a new layer that computes the same
     """Key and value heads in other coordinates: k becomes A k and q becomes A q, which
     leaves q · k; v becomes B v, and the columns of `out_proj` that read it turn back.
@@ -136,7 +138,9 @@ def rotate_kv_heads(
         turns = of_part[part]
         return _turn(heads, turns.repeat_interleave(len(heads) // len(turns), 0))
 
-    return with_heads(layer, layer.layout, turned)
+    new = with_heads(layer, layer.layout, turned)
+    check_answers(new, layer)
+    return new
 
 # %% ../../nbs/16_grouped.ipynb #turn-rows
 def _turn(heads: Tensor, turns: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def _turn(heads: Tensor, turns: Tensor) -> Tensor:
 # %% ../../nbs/16_grouped.ipynb #check-turns
 def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
     "Refuse what is no rotation, and a layer that would notice."
-    _, g, d = layer.layout
+    g, d = layer.layout.num_kv_heads, layer.layout.width(name[0])
     if not isinstance(turns, Tensor) or not turns.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, one matrix a head; got "
                         f"{getattr(turns, 'dtype', turns)!r}")

@@ -299,6 +299,8 @@ LAYERS = {  # options of the layer, and of its call
         dict(context_dim=11),
         dict(context=tokens(d, s.m, 11), key_mask=bits(s.b, s.m, device=d)),
     ),
+    "value": lambda d: ({}, dict(context=tokens(d, s.m), value=tokens(d, s.m))),
+    "value_dim": lambda d: (dict(value_dim=5), {}),
     "qk_norm": lambda d: (dict(qk_norm=partial(nn.RMSNorm, device=d)), {}),
     "position": lambda d: (dict(position=turn), {}),
     "position, cache": lambda d: (dict(position=turn), dict(cache=GrowingCache(), is_causal=True)),
@@ -327,7 +329,13 @@ enter(
     lambda device, options: mha_book.pad_heads(layer_of(device, **options(device)[0]), s.h + 4),
     {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "context_dim")},
 )
+enter(
+    "separate_projections",
+    lambda device, options: mha_book.separate_projections(layer_of(device, **options(device)[0])),
+    {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "context_dim")},
+)
 CASES |= {
+    "stack_projections": lambda device: mha_book.stack_projections(mha_book.separate_projections(layer_of(device))),
     "causal_mask": lambda device: mha_book.causal_mask(s.n, s.m, device),
     "window_mask": lambda device: backends.window_mask(s.n, s.m, (2, 1), device),
     "split_heads": lambda device: mha_book.split_heads(tokens(device, width=s.h * s.d), s.h),

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from mha_book.heads.dialects import from_torch, to_torch
 from mha_book.heads.layer import MultiHeadAttention, commit_once
+from mha_book.heads.weight_split import HeadLayout
 from mha_book.instruments.testing import SIZES as s
+from mha_book.plugs.cache import KVCache
 from support.mutants import LAYER
 from support.padded_cache import PaddedCache
 from support.refusals import refused
@@ -95,7 +98,31 @@ def quantized(proj):
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(proj.float()), {nn.Linear}, torch.qint8)[0]
 
 
+def hooked(kind):
+    "A projection with a hook that doubles what it takes or gives."
+
+    def hook(proj):
+        def double(module, args, *out):
+            return (out[0] if out else args[0]) * 2
+
+        getattr(proj, f"register_{kind}")(double)
+        return proj
+
+    return hook
+
+
+def called_otherwise(proj):
+    "As libraries that bring offloaded weights do: the instance's own forward is exchanged."
+    old = proj.forward
+    proj.forward = lambda x: old(x) * 2
+    return proj
+
+
 NOT_PLAIN = {
+    "a forward hook": hooked("forward_hook"),
+    "a pre-hook": hooked("forward_pre_hook"),
+    "another forward": called_otherwise,
+    "rows cut otherwise": lambda proj: nn.Linear(proj.in_features - 1, proj.out_features - 1, **float64),
     "a low-rank adapter": LowRank,
     "a forward of its own": doubling,
     "weight_norm": parametrizations.weight_norm,
@@ -112,7 +139,7 @@ def test_rows_of_what_is_no_plain_matrix_are_refused_by_name(kind, name):
     layer = build(context_dim=OTHER)
     setattr(layer, name, NOT_PLAIN[kind](getattr(layer, name)))
     for part in layer.parts()[name]:
-        with refused(TypeError, name, "take off"):
+        with refused(TypeError, name):
             layer.rows(part, 1)
     others = set("qkvo") - set(layer.parts()[name])
     assert all(layer.rows(part, 1) for part in others)  # those of the other projections are still their own
@@ -172,22 +199,440 @@ def test_a_layer_that_takes_other_rows_is_noticed(name):
             close(got, wanted)
 
 
+class Int8(nn.Module):
+    "Weight-only int8: rows as whole numbers with a step each, which are made floats when the module is called."
+
+    def __init__(self, base):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        step = base.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (base.weight.detach() / step).round().to(torch.int8))
+        self.register_buffer("step", step)
+        self.bias = base.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step.to(x.dtype), self.bias)
+
+
+class Casting(nn.Linear):
+    "A projection in another dtype than the tokens, which casts on the way in and out."
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def in_other_dtype(dtype):
+    def change(proj):
+        new = Casting(proj.in_features, proj.out_features, dtype=dtype)
+        new.load_state_dict({name: t.to(dtype) for name, t in proj.state_dict().items()})
+        return new
+
+    return change
+
+
+def in_float8(proj):
+    "Weights in eight bits: a plain Linear whose forward is exchanged, as quantisation libraries do."
+    low, bias = proj.weight.detach().to(torch.float8_e4m3fn), proj.bias
+    proj.weight = nn.Parameter(low, requires_grad=False)
+    proj.forward = lambda x: nn.functional.linear(x, proj.weight.to(x.dtype), bias)
+    return proj
+
+
+def brought_when_called(proj):
+    "Offloaded, as hooks do it: the weights are on meta between calls."
+    real = dict(proj.named_parameters(recurse=False))
+
+    def bring(module, args):
+        module._parameters.update(real)
+
+    def send_away(module, args, out):
+        module._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+
+    proj.register_forward_pre_hook(bring)
+    proj.register_forward_hook(send_away, always_call=True)
+    send_away(proj, None, None)
+    return proj
+
+
+def brought_by_another_forward(proj):
+    "Offloaded, as by an exchanged `forward`: the weights are on meta between calls."
+    real, old = dict(proj.named_parameters(recurse=False)), proj.forward
+
+    def forward(x):
+        proj._parameters.update(real)
+        y = old(x)
+        proj._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+        return y
+
+    proj._parameters.update({name: nn.Parameter(p.to("meta"), False) for name, p in real.items()})
+    proj.forward = forward
+    return proj
+
+
+def with_words(proj):
+    "A hook that is told keywords, too."
+    proj.register_forward_hook(lambda module, args, kwargs, y: y - 1, with_kwargs=True)
+    return proj
+
+
+def padded_before(proj):
+    "A hook that brings tokens to the width that a padded matrix needs."
+    wide = nn.Linear(proj.in_features + 3, proj.out_features, **float64)
+    wide.register_forward_pre_hook(lambda module, args: (nn.functional.pad(args[0], (0, 3)),))
+    return wide
+
+
 WRAPPED = {
-    "as it is": lambda layer: None,
-    "a hook before": lambda layer: layer.in_proj.register_forward_pre_hook(lambda proj, args: (args[0] * 3,)),
-    "a hook after": lambda layer: layer.in_proj.register_forward_hook(lambda proj, args, y: y + 0.5),
-    "an adapter": lambda layer: setattr(layer, "in_proj", LowRank(layer.in_proj).double()),
-    "weight_norm": lambda layer: parametrizations.weight_norm(layer.in_proj),
+    "as it is": lambda proj: proj,
+    "a hook before": hooked("forward_pre_hook"),
+    "a hook after": hooked("forward_hook"),
+    "a hook with keywords": with_words,
+    "a hook that pads": padded_before,
+    "an adapter": lambda proj: LowRank(proj).double(),
+    "a subclass": doubling,
+    "another forward": called_otherwise,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "prune": lambda proj: prune.l1_unstructured(proj, "weight", amount=0.3),
+    "weight-only int8": Int8,
+    "float32": in_other_dtype(torch.float32),
+    "bfloat16": in_other_dtype(torch.bfloat16),
+    "float8": in_float8,
+    "offloaded by hooks": brought_when_called,
+    "offloaded by a forward": brought_by_another_forward,
+    "lazy": lambda proj: nn.LazyLinear(proj.out_features, **float64),
+    "compiled": lambda proj: torch.compile(proj, backend="eager"),
 }
 
 
+@pytest.mark.parametrize("name", ["in_proj", "context_proj", "out_proj"])
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind):
-    layer, x = build(), tokens()
-    plain = layer(x)
-    WRAPPED[kind](layer)
-    close(layer(x), layer(x, x))
-    assert (kind in ("as it is", "weight_norm")) == torch.allclose(layer(x), plain)  # the wrapper was there
+def test_a_layer_that_reads_itself_is_the_layer_with_itself_as_context(kind, name):
+    "Each projection is called, whatever stands on it, and what it gives is what its rows of the plain layer would."
+    layer, x = build(context_dim=s.e if name == "context_proj" else None).eval(), tokens()
+    setattr(layer, name, WRAPPED[kind](getattr(layer, name)))
+    layer.eval()
+    with torch.no_grad():
+        args = (x,) if name != "context_proj" else (x, x)
+        wanted, y = layer(*args), layer.qkv(*args)
+        for context, value in ((x, None), (x.clone(), None), (x.clone(), x.clone()), (x, x)):
+            close(layer(x, context, value=value), wanted)
+        if name != "out_proj":  # the heads are the stripes of what the module itself gives
+            made = getattr(layer, name)(x)
+            parts = y if name == "in_proj" else y[1:]
+            assert torch.equal(torch.cat([t.transpose(1, 2).flatten(2) for t in parts], -1), made)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_stands_on_a_projection_is_torchs_too_or_refused_by_name(kind, name):
+    layer, x = MultiHeadAttention(48, s.h, **float64).eval(), torch.randn(s.b, s.n, 48, **float64)
+    setattr(layer, name, WRAPPED[kind](getattr(layer, name)).eval())
+    if kind == "as it is":
+        return close(to_torch(layer)(x, x, x)[0], layer(x))
+    with refused(TypeError, name):
+        to_torch(layer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")  # users still have it
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@pytest.mark.parametrize("context_dim", [None, 32])
+def test_projections_in_dynamic_int8_answer_within_its_error(context_dim):
+    layer, x = MultiHeadAttention(32, 4, context_dim=context_dim).eval(), torch.randn(s.b, s.n, 32)
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    assert type(small.in_proj) is not nn.Linear is not type(small.out_proj)
+    calls = [((x, x), {}), ((x, x.clone()), {}), ((x, x), dict(value=x.clone()))]
+    for args, options in calls if context_dim else [((x,), {}), *calls]:
+        exact = layer(*args, is_causal=True)
+        assert (small(*args, is_causal=True, **options) - exact).abs().max() < 0.1 * exact.abs().max()
+    if context_dim is None:
+        got = small(x, is_causal=True, cache=KVCache(s.b, 4, s.n, 8))
+        assert (got - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_exchanged_parameters_go_through_the_same_calls(dtype):
+    layer, x = MultiHeadAttention(s.e, s.h, head_dim=s.d), torch.randn(s.b, s.n, s.e)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert torch.equal(layer(x), layer(x, x.clone(), value=x.clone())) and layer(x).dtype == dtype
+    other = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    exchanged = torch.func.functional_call(layer, other, (x,))
+    torch.testing.assert_close(torch.func.functional_call(layer, other, (x, x.clone())), exchanged)
+    assert not torch.allclose(exchanged, layer(x))
+
+
+# Advice is given where it is true
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_advice_about_dtypes_and_devices_is_true():
+    x = torch.randn(s.b, s.n, s.e)
+    empty = MultiHeadAttention(s.e, s.h, head_dim=s.d, device="meta")
+    with refused(ValueError, "device differs", "in_proj", "no numbers"):
+        empty(x)
+    with refused(ValueError, "device differs", "x meta", "make x on cpu"):
+        MultiHeadAttention(s.e, s.h, head_dim=s.d)(x.to("meta"))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        layer = MultiHeadAttention(s.e, s.h, head_dim=s.d)
+        layer.in_proj.weight = nn.Parameter(layer.in_proj.weight.to(dtype), requires_grad=False)
+        with pytest.raises(TypeError, match=f"in_proj has weights of {dtype}") as told:
+            layer(x)
+        assert "convert" not in str(told.value)
+    layer = MultiHeadAttention(s.e, s.h, head_dim=s.d)
+    with refused(TypeError, "convert with x.to(torch.float32) or layer.to(torch.float64)"):
+        layer(x.double())
+    with pytest.raises(TypeError, match="x.to\\(torch.float32\\)") as told:
+        layer(x.to(torch.float8_e4m3fn))
+    assert "layer.to" not in str(told.value)
+
+
+# Values of a width of their own
+
+
+def three_tensors(layer):
+    "Weights as h d e and biases as h d, of q, k and v, by counting rows from above."
+    own = [p for p in (layer.in_proj, layer.context_proj) if p is not None]
+    (h, g, d), dv = layer.layout, layer.layout.value_dim
+    heads = [("q", h, d), ("k", g, d), ("v", g, dv)]
+    pieces = {}
+    for kind in ("weight", "bias"):
+        left = [getattr(p, kind) for p in own]
+        for part, count, width in heads:
+            left = [rows for rows in left if len(rows)]
+            pieces[part, kind] = left[0][: count * width].unflatten(0, (count, width))
+            left[0] = left[0][count * width :]
+        assert not any(map(len, left))
+    return pieces
+
+
+def by_einsum(layer, x, keys, values, is_causal=False):
+    "Attention as Keras writes it, with key_dim and value_dim apart: one einsum a step, in float64."
+    weights, (h, g, _) = three_tensors(layer), layer.layout
+
+    def project(part, t):
+        return torch.einsum("bne,hde->bhnd", t, weights[part, "weight"]) + weights[part, "bias"][:, None]
+
+    q, k, v = project("q", x), project("k", keys), project("v", values)
+    k, v = (t.repeat_interleave(h // g, 1) for t in (k, v))
+    logits = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    if is_causal:
+        n, m = logits.shape[-2:]
+        logits = logits.masked_fill(torch.ones(n, m).tril(m - n) == 0, -torch.inf)
+    mixed = torch.einsum("bhnm,bhmv->bnhv", logits.softmax(-1), v)
+    out = layer.out_proj.weight.unflatten(1, (h, -1))
+    return torch.einsum("bnhv,ohv->bno", mixed, out) + layer.out_proj.bias
+
+
+@pytest.mark.parametrize("d, dv", [(s.d, 5), (s.d, 13), (192, 128)])
+@pytest.mark.parametrize("g", [s.h, s.g, 1])
+@pytest.mark.parametrize("width", [None, s.e, OTHER])
+def test_values_of_a_width_of_their_own_are_the_definition(d, dv, g, width):
+    own = width if width == OTHER else None
+    layer, x = build(num_kv_heads=g, head_dim=d, value_dim=dv, context_dim=own), tokens()
+    assert layer.layout.sizes == (s.h * d, g * d, g * dv) and layer.out_proj.in_features == s.h * dv
+    context = None if width is None else tokens(s.m, width)
+    answers = x if width is None else context
+    q, k, v = layer.qkv(x, context)
+    assert q.shape[-1] == k.shape[-1] == d and v.shape == (s.b, g, answers.shape[1], dv)
+    wanted = by_einsum(layer, x, answers, answers)
+    got = layer(x, context)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    parameters = [*layer.parameters()]
+    upstream = torch.randn_like(got)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, parameters, upstream), torch.autograd.grad(wanted, parameters, upstream)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_values_of_a_width_of_their_own_pass_through_a_cache():
+    layer, x, cache = build(value_dim=5), tokens(), KVCache(s.b, s.g, s.n, s.d, value_dim=5, **float64)
+    steps = [layer(piece, is_causal=True, cache=cache) for piece in x.split((2, 1, s.n - 3), dim=1)]
+    close(torch.cat(steps, 1), by_einsum(layer, x, x, x, is_causal=True))
+    weights = layer.attention_map(x, is_causal=True)
+    v = layer.qkv(x)[2].repeat_interleave(s.h // s.g, 1)
+    close(layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), layer(x, is_causal=True))
+
+
+def test_every_row_belongs_to_one_head_where_values_have_their_own_width():
+    for context_dim in None, OTHER:
+        layer = build(value_dim=5, context_dim=context_dim)
+        counted = {name: torch.zeros(getattr(layer, name).weight.shape[name == "out_proj"]) for name in layer.parts()}
+        for part, head in EVERY_HEAD:
+            proj, rows = layer.rows(part, head)
+            name = next(name for name in counted if proj is getattr(layer, name))
+            counted[name][rows] += 1
+            if part == "v":
+                first = proj.weight[rows][0]
+                assert torch.equal(first, three_tensors(layer)["v", "weight"][head][0])
+        assert all((count == 1).all() for count in counted.values())
+
+
+def test_the_width_of_values_is_saved_and_compared():
+    plain, other = build(), build(value_dim=5)
+    assert plain.get_extra_state().tolist() == [s.h, s.g, s.d] == build(value_dim=s.d).get_extra_state().tolist()
+    assert other.get_extra_state().tolist() == [s.h, s.g, s.d, 5]
+    assert HeadLayout(s.h, s.g, s.d) == HeadLayout(s.h, s.g, s.d, s.d) and [*other.layout] == [s.h, s.g, s.d]
+    again = build(value_dim=5)
+    again.load_state_dict(other.state_dict())
+    assert torch.equal(again(tokens().zero_()), other(tokens().zero_()))
+    before = other.in_proj.weight.clone()
+    for layer, state in ((plain, other.state_dict()), (other, plain.state_dict())):
+        with refused(RuntimeError, f"[{s.h}, {s.g}, {s.d}]", f"[{s.h}, {s.g}, {s.d}, 5]", "value_dim"):
+            layer.load_state_dict(state)
+    assert torch.equal(other.in_proj.weight, before)
+    assert "value_dim=5" in repr(other) and "value_dim" not in repr(plain)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("saved", [None, [6, 3, 8], "6 3 8"], ids=str)
+def test_head_counts_that_are_no_tensor_are_refused_in_words(saved):
+    layer = build()
+    before = layer.in_proj.weight.clone()
+    with refused(TypeError, "saved head counts", "torch.Tensor"):
+        layer.load_state_dict(build().state_dict() | {"_extra_state": saved})
+    with refused(TypeError, "meta"):
+        layer.set_extra_state(layer.get_extra_state().to("meta"))
+    assert torch.equal(layer.in_proj.weight, before)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_widths_of_values_that_are_no_counts_are_refused():
+    for wrong, error in ((0, ValueError), (2.0, TypeError), (True, TypeError), ("5", TypeError)):
+        with refused(error, "value_dim"):
+            HeadLayout(6, 3, 8, wrong)
+        with refused(error, "value_dim"):
+            MultiHeadAttention(s.e, s.h, head_dim=s.d, value_dim=wrong)
+
+
+# Three inputs
+
+
+@pytest.mark.parametrize("dv", [s.d, 5])
+@pytest.mark.parametrize("width", [None, s.e, OTHER])
+def test_values_of_an_input_of_their_own_are_the_definition(width, dv):
+    own = width if width == OTHER else None
+    layer, x = build(context_dim=own, value_dim=dv), tokens()
+    context = None if width is None else tokens(s.m, width)
+    keys = x if width is None else context
+    value = torch.randn_like(keys)
+    got, wanted = layer(x, context, value=value), by_einsum(layer, x, keys, value)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(got, layer(x, context))
+    parameters, upstream = [*layer.parameters()], torch.randn_like(got)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, parameters, upstream), torch.autograd.grad(wanted, parameters, upstream)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    weights, v = layer.attention_map(x, context, value=value), layer.qkv(x, context, value=value)[2]
+    mixed = weights @ v.repeat_interleave(s.h // s.g, 1)
+    close(layer.out_proj(mixed.transpose(1, 2).flatten(2)), got)
+    close(layer(x, context, value=keys), layer(x, context))  # one input, told twice
+
+
+@pytest.mark.parametrize("width", [None, OTHER])
+def test_three_inputs_are_those_of_torchs_layer(width):
+    theirs = nn.MultiheadAttention(48, s.h, kdim=width, vdim=width, batch_first=True, dtype=torch.float64)
+    q, k, v = (tokens(n, width) for n, width in ((s.n, 48), (s.m, width or 48), (s.m, width or 48)))
+    real = torch.arange(s.m) < torch.tensor([[s.m], [s.m - 3]])
+    wanted, weights = theirs(q, k, v, key_padding_mask=~real, average_attn_weights=False)
+    close(from_torch(theirs)(q, k, value=v, key_mask=real), wanted)
+    close(from_torch(theirs).attention_map(q, k, value=v, key_mask=real), weights)
+
+
+def test_values_of_their_own_pass_through_a_cache():
+    layer, x, value = build(), tokens(), tokens()
+    cache = KVCache(s.b, s.g, s.n, s.d, **float64)
+    pieces = zip(x.split((2, 1, s.n - 3), 1), value.split((2, 1, s.n - 3), 1))
+    steps = [layer(x, value=value, is_causal=True, cache=cache) for x, value in pieces]
+    close(torch.cat(steps, 1), layer(x, value=value, is_causal=True))
+
+
+def test_each_input_goes_through_the_projection_once():
+    layer, x, context, value, calls = build(), tokens(), tokens(s.m), tokens(s.m), []
+    layer.in_proj.register_forward_hook(lambda proj, args, y: calls.append(args[0]))
+    for args, options, wanted in (
+        ((x,), {}, [x]),
+        ((x, x), {}, [x]),
+        ((x, context), {}, [x, context]),
+        ((x, context), dict(value=value), [x, context, value]),
+        ((x, context), dict(value=context), [x, context]),
+        ((x, x), dict(value=x), [x]),
+    ):
+        calls.clear()
+        layer(*args, **options)
+        assert len(calls) == len(wanted) and all(a is b for a, b in zip(calls, wanted))
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_values_that_do_not_fit_the_keys_are_refused():
+    layer, x, context = build(), tokens(), tokens(s.m)
+    for value, error, words in (
+        (tokens(s.n), ValueError, ["value has shape", "one for each key", f"({s.b}, {s.m})"]),
+        (tokens(s.m)[:1], ValueError, ["value has shape", f"({s.b}, {s.m})"]),
+        (tokens(s.m, OTHER), ValueError, ["value has shape", f"{s.e}"]),
+        (tokens(s.m).float(), TypeError, ["value torch.float32", "value.to(torch.float64)"]),
+        (tokens(s.m).numpy(), TypeError, ["value must be a torch.Tensor", "from_numpy"]),
+    ):
+        with refused(error, *words):
+            layer(x, context, value=value)
+    with refused(ValueError, "keys need a context"):
+        build(context_dim=OTHER)(x, value=tokens(s.n, OTHER))
+
+
+# Arguments of another kind
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("name", ["x", "context", "value", "mask", "key_mask", "bias"])
+@pytest.mark.parametrize("other", ["numpy", "list", "str"])
+def test_what_is_no_tensor_is_refused_before_anything_is_computed(name, other):
+    calls = []
+    layer = build(attend=lambda q, k, v, **options: v[..., :1, :].expand(q.shape[0], s.h, q.shape[2], -1))
+    layer.in_proj.register_forward_hook(lambda *args: calls.append(1))
+    arguments = dict(x=tokens(), context=tokens(s.m), value=tokens(s.m))
+    arguments |= dict(mask=torch.ones(s.n, s.m) > 0, key_mask=torch.ones(s.b, s.m) > 0, bias=torch.randn(s.n, s.m))
+    wrong = dict(numpy=lambda t: t.numpy(), list=lambda t: t.tolist(), str=str)[other](arguments[name])
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, f"{name} must be a torch.Tensor"):
+            call(**arguments | {name: wrong})
+    cache = Counting(s.b)
+    if name != "context":
+        own = dict(x=tokens()) | {name: wrong}
+        with refused(TypeError, f"{name} must be a torch.Tensor"):
+            layer(**own, cache=cache)
+    assert not calls and cache.commits == 0 and cache.kept is None
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", ["no", 1, 0, None, torch.tensor(True)], ids=str)
+def test_causality_by_another_word_is_refused_before_anything_is_computed(wrong):
+    calls, cache = [], Counting(s.b)
+    layer = build(attend=lambda q, k, v, **options: q)
+    layer.in_proj.register_forward_hook(lambda *args: calls.append(1))
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, "is_causal must be True or False"):
+            call(tokens(), is_causal=wrong, cache=cache)
+    assert not calls and cache.commits == 0 and cache.kept is None
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_constructor_arguments_of_another_kind_are_refused():
+    for options, word in (
+        (dict(bias="no"), "bias must be True or False"),
+        (dict(bias=1), "bias must be True or False"),
+        (dict(dtype=torch.int64), "dtype"),
+        (dict(dtype=torch.complex64), "dtype"),
+        (dict(dtype="float64"), "dtype"),
+        (dict(out_dim=3.0), "out_dim"),
+        (dict(context_dim=True), "context_dim"),
+    ):
+        with refused(TypeError, word):
+            MultiHeadAttention(48, 6, **options)
+    for wrong in (torch.zeros(s.b, s.n, s.e, dtype=torch.complex128), torch.zeros(s.b, s.n, s.e, dtype=torch.int32)):
+        with refused(TypeError, "x has dtype", "embeddings"):
+            build()(wrong)
 
 
 # Torch's name for a mask of the opposite meaning

@@ -285,6 +285,37 @@ def test_a_call_that_failed_binds_nothing(new):
     assert cache.seen.tolist() == [5] * s.b
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["slab", "slab that rolls"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_that_is_made_in_a_step_is_in_no_step(name, copied):
+    layer, cache = another(), OURS[name]()
+    layer(text(2), is_causal=True, cache=cache)
+    with commit_once(cache):
+        before = copied(cache)
+        y = layer(text(3), is_causal=True, cache=cache)
+        after = copied(cache)
+    for taken in before, after:
+        close(layer(text(3), is_causal=True, cache=taken), y)
+    assert before.seen.tolist() == after.seen.tolist() == [5] * s.b == cache.seen.tolist()
+
+
+def test_a_look_with_gradients_can_be_copied():
+    layer, cache = another(), OURS["slab"]()
+    layer.attention_map(text(), cache=cache)
+    assert copy.deepcopy(cache).seen.tolist() == [0] * s.b
+
+
+def test_on_meta_the_second_layer_is_refused_as_well():
+    with torch.device("meta"):
+        one, two, cache, x = another(5), another(6), OURS["slab"](), torch.zeros(s.b, 3, s.e, **float64)
+        two = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, bias=False, **float64)
+        one(x, cache=cache)
+        assert one(x, cache=cache).shape == (s.b, 3, s.e)
+        with refused(ValueError, "another layer"):
+            two(x, cache=cache)
+
+
 def test_a_cache_holds_no_layer():
     cache, layer = OURS["slab"](), another()
     layer(text(), cache=cache)
@@ -368,13 +399,16 @@ def test_one_cache_for_all_layers_is_refused_by_name(new):
 
 
 @torch.no_grad()
-def test_a_model_that_is_given_one_cache_for_all_layers_refuses():
+def test_a_model_that_is_given_one_cache_for_all_layers_refuses(own_messages):
     model = LanguageModel(LanguageModelConfig(11, 16, 3, 4, 2, 4, 24, 64, 1e4, 1e-5))
     ids, cache = torch.arange(6).view(2, 3), model.new_cache(2, 16)
     with refused(ValueError, "caches [0, 1, 2]", "one and the same"):
         model(ids, cache=cache[:1] * 3)
     with refused(ValueError, "caches [0, 2]"):
         model(ids, cache=[cache[0], cache[1], cache[0]])
+    for what in cache[0], iter(cache), {0: cache[0]}:
+        with refused(TypeError, "one for each layer", type(what).__name__, "new_cache"):
+            model(ids, cache=what)
     model(ids, cache=cache)
     with refused(ValueError, "another layer"):
         model(ids, cache=cache[::-1])

@@ -71,6 +71,26 @@ def test_each_call_is_the_call_with_the_context(name, key_mask, again):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["one matrix", "its own width", "RoPE"])
+def test_values_may_have_an_input_of_their_own(own_messages, name):
+    layer, kept, (x, context) = made(name), ContextCache(), inputs(name)
+    value = torch.randn_like(context)
+    first, *rest = x.split(1, dim=1)
+    close(layer(first, context, value=value, cache=kept), layer(first, context, value=value))
+    for token in rest:
+        close(layer(token, cache=kept), layer(token, context, value=value))
+        close(layer(token, context, value=value, cache=kept), layer(token, context, value=value))
+    for others in dict(value=value + 1), dict(value=None), dict(context=context + 1, value=value):
+        with refused(ValueError, "another context (or value)", "reset"):
+            layer(first, cache=kept, **dict(context=context) | others)
+    kept.reorder(torch.tensor([1, 0, 1]))
+    rows = torch.tensor([1, 0, 1])
+    close(layer(x[rows], cache=kept), layer(x[rows], context[rows], value=value[rows]))
+    with refused(ValueError, "another context (or value)"):
+        layer(x[rows], value=value, cache=kept)
+
+
+@torch.no_grad()
 def test_the_context_is_projected_once():
     layer, kept, (x, context) = made("its own width"), ContextCache(), inputs("its own width")
     seen = []
@@ -196,6 +216,11 @@ REFUSED = {
         lambda layer, kept, x, c: kept.append(kept.k, kept.v),
         ValueError,
         ("kept already", "7", "reset"),
+    ),
+    "by hand": (
+        lambda layer, kept, x, c: ContextCache().append(*torch.zeros(2, s.b, s.g, 3, s.d, **float64)),
+        RuntimeError,
+        ("filled by a layer",),
     ),
     "nothing to commit": (lambda layer, kept, x, c: kept.commit(), RuntimeError, ("append",)),
     "rows that are not there": (lambda layer, kept, x, c: kept.reorder(torch.tensor([2])), IndexError, ("0 to 1",)),

@@ -241,6 +241,11 @@ REFUSED = {
     "window 0": (lambda c: KVCache(1, 1, 8, 1, window=0), ValueError, ("window",)),
     "first without a window": (lambda c: KVCache(1, 1, 8, 1, keep_first=2), ValueError, ("keep_first", "window")),
     "first below 0": (lambda c: KVCache(1, 1, 8, 1, window=2, keep_first=-1), ValueError, ("keep_first",)),
+    "first that is a bool": (
+        lambda c: KVCache(1, 1, 8, 1, window=2, keep_first=False),
+        TypeError,
+        ("keep_first", "bool"),
+    ),
     "no room to roll": (lambda c: KVCache(1, 1, 5, 1, window=4, keep_first=2), ValueError, ("max_len 5", "6")),
 }
 
@@ -278,3 +283,87 @@ def assert_cropped(layer, first, then, length, cache, twin):
     for got, wanted in zip(*(decode(layer, c, rest, then) for c in (cache, twin))):
         close(got, wanted)
     assert cache.seen.tolist() == twin.seen.tolist()
+
+
+def serve(layer, new, seed, events=40, **rolling):
+    """A running batch: requests join, share their first tokens, have drafts taken back, and end; each row's outputs are
+    those of the row alone. `new(rows)` makes a cache for so many rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=generator))  # noqa: E731
+    fresh = lambda n: torch.randn(n, s.e, generator=generator, **float64)  # noqa: E731
+
+    def step(cache, rows, most):
+        "New tokens of each row, some of them none, with padding on either side."
+        width = draw(1, most)
+        counts = [draw(0, width) for _ in rows] if draw(0, 1) else [width] * len(rows)
+        leads = [draw(0, width - count) for count in counts]
+        x, real = torch.full((len(rows), width, s.e), 7.0, **float64), torch.zeros(len(rows), width).bool()
+        for r, (lead, count) in enumerate(zip(leads, counts)):
+            rows[r] = torch.cat([rows[r], fresh(count)])
+            x[r, lead : lead + count], real[r, lead : lead + count] = rows[r][len(rows[r]) - count :], True
+        y = layer(x, is_causal=True, cache=cache, key_mask=None if real.all() else real)
+        for r, row in enumerate(rows):
+            close(y[r, real[r]], alone(layer, row, **rolling)[len(row) - counts[r] :])
+        assert cache.seen.tolist() == [len(row) for row in rows]
+
+    batch, rows = new(2), [fresh(0), fresh(0)]
+    for _ in range(events):
+        event = draw(0, 4) if len(rows) > 1 else draw(0, 3)
+        if event == 0 and len(rows) < 5:  # a request joins, with a prompt or without
+            other, others = new(draw(1, 2)), []
+            others = [fresh(0)] * len(other.seen)
+            if draw(0, 2):
+                step(other, others, 4)
+            batch.join(other)
+            rows += others
+            assert other.seen.tolist() == [0] * len(others)
+        elif event == 1 and len(rows) < 5:  # one shares its first tokens with another
+            first, length = draw(0, len(rows) - 1), draw(0, 6)
+            before = batch.seen.tolist()
+            try:
+                other = batch.fork(torch.tensor([first]), length if draw(0, 1) else torch.tensor([length]))
+            except ValueError as error:
+                assert rolling and "cannot go back" in str(error)
+                continue
+            assert batch.seen.tolist() == before
+            others = [rows[first][:length]]
+            step(other, others, 3)
+            batch.join(other)
+            rows += others
+        elif event == 2:  # drafts are taken back
+            lengths = [max(0, len(row) - draw(0, 2)) for row in rows]
+            try:
+                batch.crop(torch.tensor(lengths))
+            except ValueError as error:
+                assert rolling and "cannot go back" in str(error)
+                continue
+            rows = [row[:length] for row, length in zip(rows, lengths)]
+        elif event == 4:  # some end
+            ended = [r for r in range(len(rows)) if draw(0, 1)][: len(rows) - 1] or [draw(0, len(rows) - 1)]
+            batch.drop(torch.tensor(ended))
+            rows = [row for r, row in enumerate(rows) if r not in ended]
+        step(batch, rows, 3)
+        if max(map(len, rows)) > 24:
+            batch.reset()
+            rows = [fresh(0) for _ in rows]
+
+
+def scattered(layer, buffers, x, indices):
+    """Attention over static buffers that are written at given places, as ONNX's TensorScatter does: token i of row r
+    goes to place indices[r] + i, and its query sees the places up to its own. Row by row, by hand.
+    """
+    out, (h, g, d) = [], layer.layout
+    for r, row in enumerate(x):
+        start, n = indices[r], len(row)
+        q, k, v = layer.qkv(row[None], offset=torch.tensor([start]))
+        buffers[0][r, :, start : start + n], buffers[1][r, :, start : start + n] = k[0], v[0]
+        heads = []
+        for i in range(n):
+            seen = start + i + 1
+            for head in range(h):
+                keys, values = (t[r, head * g // h, :seen] for t in buffers)
+                weights = (keys @ q[0, head, i] / d**0.5).softmax(0)
+                heads.append(weights @ values)
+        out.append(layer.out_proj(torch.stack(heads).view(n, h * d)))
+    return torch.stack(out)

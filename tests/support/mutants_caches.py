@@ -244,6 +244,83 @@ SLAB = {
 }
 
 
+# --- rows that come and go ------------------------------------------------------------------------------------------
+
+
+def joins_at_the_left(right):
+    def wrong(self, other):
+        mine, length = self.length, max(self.length, other.length)
+        right(self, other)
+        rows = len(self.k) - len(other.k)
+        for t in self.k, self.v:
+            t[:rows, :, :length] = t[:rows, :, :length].roll(mine - length, dims=2)
+
+    return wrong
+
+
+def joins_without(change):
+    "KVCache.join, and `change(cache, rows before)`."
+
+    def make(right):
+        def wrong(self, other):
+            before = len(self.seen)
+            right(self, other)
+            change(self, before)
+
+        return wrong
+
+    return make
+
+
+def takes_first_lengths(cache, rows):
+    cache.seen = cache.seen[:1].expand(len(cache.seen))
+
+
+def forgets_that_rows_differ(cache, rows):
+    cache.ragged = False
+
+
+def forks_in_the_same_memory(right):
+    def wrong(self, rows, length=None):
+        forked = right(self, rows, length)
+        if len(rows) == len(self.k) and rows.tolist() == list(range(len(rows))):
+            forked.slots.k, forked.slots.v = self.slots.k, self.slots.v
+            forked.slots.start, forked.slots.end = self.slots.start, self.slots.end
+        return forked
+
+    return wrong
+
+
+def keeps_the_other(right):
+    def wrong(self, other):
+        seen = other.seen
+        right(self, other)
+        other.seen = seen
+
+    return wrong
+
+
+ROWS = {
+    "joined at the left": Mutant(Slots, "join", joins_at_the_left),
+    "joined with the lengths of the first": Mutant(KVCache, "join", joins_without(takes_first_lengths)),
+    "joined rows are as long": Mutant(KVCache, "join", joins_without(forgets_that_rows_differ)),
+    "the other is not emptied": Mutant(KVCache, "join", keeps_the_other),
+    "forks in the same memory": Mutant(KVCache, "fork", forks_in_the_same_memory),
+    "a fork of all tokens": Mutant(KVCache, "fork", lambda right: lambda self, rows, length=None: right(self, rows)),
+    "drops what is to stay": Mutant(
+        module,
+        "kept_rows",
+        lambda right: lambda rows, count: rows if right(rows, count) else None,
+    ),
+    "drops in another order": Mutant(module, "kept_rows", lambda right: lambda rows, count: right(rows, count)[::-1]),
+    "keeps the slots of a row that is gone": Mutant(
+        Slots, "align", lambda right: lambda self, held: bool((held < self.length).any())
+    ),
+    "joins whatever it is": Mutant(module, "check_join", lambda right: lambda cache, other: None),
+    "joins the rows of two layers": Mutant(module, "join_writers", lambda right: lambda cache, other: ()),
+}
+
+
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,10 @@ weight: Tensor = projection.weight[rows]
 with mha_book.commit_once(*caches):
     y: Tensor = layer(x, cache=caches[0])
 wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
+apart: MultiHeadAttention = mha_book.separate_projections(layer)
+stacked: MultiHeadAttention = mha_book.stack_projections(apart)
+latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
+from_three: Tensor = latent(x, x, value=x)
 below, above = mha_book.nearest_head_counts(64, 3)
 merged: Tensor = mha_book.merge_heads(mha_book.split_heads(x, 4))
 head: Tensor = mha_book.AttentionHead(64, 16)(x)
