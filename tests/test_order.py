@@ -37,6 +37,8 @@ LONGER = {
     "heads.layer": 375,
     "plugs.cache.KVCache": 138,
     "plugs.cache": 534,
+    "plugs.paged.PagedCache": 94,
+    "plugs.paged": 327,
 }
 HEAVY = ("matplotlib", "triton")
 MODULES_BEYOND_TORCH = 60  # how many modules of others `import mha_book` may load on top of torch's own two thousand

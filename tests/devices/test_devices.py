@@ -532,6 +532,19 @@ def rows_come_and_go(device):
     return cache.k[:, :, cache.start : cache.end], cache.seen
 
 
+def blocks_come_and_go(device):
+    cache = blocks(device)
+    other = mha_book.PagedCache(cache.pool, s.b)
+    k, v = torch.randn(2, s.b, s.g, 3, s.d, device=device, dtype=torch.float64)
+    for kept in cache, other:
+        kept.append(k, v)
+        kept.commit()
+    cache.join(cache.fork(torch.tensor([1, 0], device=device), torch.tensor([1, 2], device=device)))
+    cache.drop(torch.tensor([0, 2], device=device))
+    cache.join(other)
+    return cache.append(*torch.randn(2, len(cache.seen), s.g, 2, s.d, device=device, dtype=torch.float64)), cache.seen
+
+
 def asked(device):
     "A context in the first call, and none later."
     layer, kept = layer_of(device, context_dim=11), mha_book.ContextCache()
@@ -614,6 +627,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]
     ),
     "PagedCache, BlockPool: reorder": partial(reordered, cached=blocks),
+    "PagedCache, BlockPool: drop, fork, join": blocks_come_and_go,
     "convert_mask": lambda device: [
         convert_mask(bits(s.b, 1, s.n, s.n, device=device), "mha_book", target, (s.b, s.h, s.n, s.n))
         for target in ("sdpa_added", "torch", "keras", "onnx")

@@ -1,7 +1,6 @@
 """Blocks give the numbers of the slab; no block is lost, written twice, or seen by a row that has no part in it."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
@@ -28,24 +27,11 @@ from support.caches import (
     texts,
 )
 from support.mutants_caches import BLOCKS
+from support.pools import assert_no_block_is_lost, pool_of
 from support.refusals import refused
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("book")
-
-
-def pool_of(num_blocks=60, block_size=3, pools=BlockPool):
-    return pools(num_blocks, block_size, s.g, s.d, **float64)
-
-
-def assert_no_block_is_lost(pool, *caches):
-    "Every block is counted as often as it stands in tables, and free where that is never."
-    standing = Counter(block for cache in caches for table in cache.tables for block in table)
-    assert pool.counts == [standing[block] for block in range(len(pool.counts))]
-    assert sorted(pool.free) == [block for block, count in enumerate(pool.counts) if count == 0]
-    for cache in caches:
-        for table, length in zip(cache.tables, cache.lengths):
-            assert len(table) == -(-length // pool.block_size)
 
 
 @pytest.mark.parametrize("attend", ATTENDS)

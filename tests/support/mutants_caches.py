@@ -515,3 +515,68 @@ BLOCKS = {
     "crop takes what goes for what stays": Mutant(PagedCache, "crop", crops_by_what_goes),
     "crop keeps what was appended": Mutant(PagedCache, "crop", keeps_pending),
 }
+
+
+# --- rows that come and go ------------------------------------------------------------------------------------------
+
+
+def forks(share=True, whole=False):
+    "Tables.fork with its steps changed."
+
+    def make(right):
+        def wrong(self, rows, lengths):
+            old, size = self.tables, self.pool.block_size
+            lengths = [self.lengths[row] for row in rows] if whole else lengths
+            new = [old[row][: -(-length // size)] for row, length in zip(rows, lengths)]
+            if share:
+                self.pool.share(flat(new))
+            return Rows(self.pool, new, lengths)
+
+        return wrong
+
+    return make
+
+
+def joins_and_shares(self, other):
+    self.set(self.tables + other.tables, self.lengths + other.lengths)
+
+
+def joins_in_front(right):
+    def wrong(self, other):
+        mine, theirs = len(self.seen), len(other.seen)
+        right(self, other)
+        order = [*range(mine, mine + theirs), *range(mine)]
+        self.set([self.tables[row] for row in order], [self.lengths[row] for row in order])
+
+    return wrong
+
+
+def drops_as_many_from_the_front(right):
+    return lambda self, rows: right(self, torch.arange(len(rows)))
+
+
+def claims_once(right):
+    return lambda self, blocks: right(self, sorted(set(blocks)))
+
+
+ROWS = {
+    "what died is not noted": Mutant(Tables, "__del__", instead(lambda self: None)),
+    "what died is given back twice": Mutant(
+        Tables,
+        "__del__",
+        instead(lambda self: self.pool.returned.extend([(self.table, self.seen)] * 2)),
+    ),
+    "the pool does not ask who died": Mutant(BlockPool, "collect", instead(lambda self: None)),
+    "copies claim nothing": Mutant(BlockPool, "claim", instead(lambda self, blocks: None)),
+    "copies keep what others had": Mutant(BlockPool, "__getstate__", instead(lambda self: self.__dict__)),
+    "a fork that is not counted": Mutant(Tables, "fork", forks(share=False)),
+    "a fork of all tokens": Mutant(Tables, "fork", forks(whole=True)),
+    "joined and kept": Mutant(Tables, "join", instead(joins_and_shares)),
+    "joined in front": Mutant(Tables, "join", joins_in_front),
+    "join keeps what was appended": Mutant(PagedCache, "join", keeps_pending),
+    "drop takes the first rows": Mutant(PagedCache, "drop", drops_as_many_from_the_front),
+    "drop keeps what was appended": Mutant(PagedCache, "drop", keeps_pending),
+    "read ahead of what is written": Mutant(
+        Rows, "read", lambda right: lambda self, length, added=0: right(self, length, 0)
+    ),
+}
