@@ -7,7 +7,8 @@ __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'sc
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
            'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_whole',
            'check_offset', 'check_flag', 'check_tensor', 'check_floats', 'check_mask', 'check_additions',
-           'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'derived_once', 'fused_attend']
+           'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'is_wide', 'derived_once',
+           'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -62,7 +63,7 @@ def scaled_logits(q: Tensor, k: Tensor, scale: float | None) -> Float[Tensor, "b
     "q kᵀ · scale; of float16 in float32 where a scale above 1 could leave it."
     if scale is not None and abs(scale) > 1 and q.dtype == torch.float16:
         q, k = q.to(torch.float32), k.to(torch.float32)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3]) ** -0.5 if scale is None else scale    # a tensor, in a trace
     return (q * scale) @ repeat_groups(k, q.shape[1]).mT
 
 
@@ -383,7 +384,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | 
            is_causal: bool, scale: float | None, dropout_p: float) -> Tensor:
     "Torch's kernel, given what it takes as this book means it."
     one, flag = None, is_causal
-    if bias is not None and _is_wide(bias, q):
+    if bias is not None and is_wide(bias, q):
         return _beside_wide_bias(q, k, v, mask, bias, is_causal, scale, dropout_p)
     # torch's causal kernel aligns at the start, and gives NaN unless the scale is above 0
     if mask is not None or bias is not None or is_causal and not (
@@ -411,7 +412,7 @@ def narrowed(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts and t.dtype != torch.float64 else t.dtype
 
 
-def _is_wide(bias: Tensor, q: Tensor) -> bool:
+def is_wide(bias: Tensor, q: Tensor) -> bool:
     "Whether torch's kernel would refuse or round a bias: beside halves a CPU's takes float32."
     if q.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return torch.promote_types(q.dtype, bias.dtype) not in (q.dtype, torch.float32)

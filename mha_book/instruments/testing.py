@@ -91,8 +91,7 @@ def reference_attention(
                  softcap=softcap, sinks=sinks)
     q, k, v, bias, sinks = map(_exactly, (q, k, v, bias, sinks))
     (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
-    grid = torch.tensor(True, device="cpu") if mask is None else mask.cpu()
-    grid = grid.expand(b, h, n, m)
+    grid = (torch.tensor(True, device="cpu") if mask is None else mask.cpu()).expand(b, h, n, m)
     bias = None if bias is None else bias.expand(b, h, n, m)
     window = (window - 1, 0) if isinstance(window, int) else window or (None, None)
     scale = d ** -0.5 if scale is None else scale

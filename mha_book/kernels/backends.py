@@ -25,6 +25,7 @@ from mha_book.heads.single_head import (
     float32_at_least,
     is_certain,
     is_whole,
+    is_wide,
     join_masks,
     masked_softmax,
     narrowed,
@@ -231,7 +232,7 @@ def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
     """
     q, k, v, mask, bias = call.q, call.k, call.v, call.mask, call.bias
     d, dv, scale = q.shape[3], v.shape[3], call.scale
-    scale, width = d ** -0.5 if scale is None else scale, _width(d, dv)
+    scale, width = float(d) ** -0.5 if scale is None else scale, _width(d, dv)
     # causal alone stays causal with one more query in front, for torch aligns at the start
     is_causal = call.sides == (None, 0) and not call.needs_mask
     columns, factors = _sink_columns(call.sinks, scale, like=q, bias=bias)
@@ -325,7 +326,7 @@ def _held_by_sdpa(call: AttentionCall) -> int:
         extras = [t.shape for t in (call.mask, call.bias) if t is not None]
         if call.bias is not None:
             extras += [(call.q.shape[1], 1, 1)] * (call.sinks is not None)
-            held += 3 * (call.bias.dtype != call.q.dtype) * tokens * max(d, dv)
+            held += 3 * is_wide(call.bias, call.q) * tokens * max(d, dv)
         # in the width of the bias, as the logits of the definition would be
         held += 2 * math.prod(torch.broadcast_shapes((n, m), *extras))
     if call.sinks is not None:    # wider copies of q, k and v, and a wider output

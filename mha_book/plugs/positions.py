@@ -229,6 +229,7 @@ class RelativeBias(nn.Module):
 
 
 def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
+    check_floats("q", q)
     if q.shape[1] != num_heads:
         raise ValueError(f"{q.shape[1]} query heads and {what} of {num_heads}: num_heads= "
                          f"counts query heads")
