@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..heads.layer import MultiHeadAttention
+from ..heads.layer import MultiHeadAttention, check_key_mask
+from ..heads.single_head import check_tensor
 
 # %% ../../nbs/21_pretrained.ipynb #model-dir
 def package_file(
@@ -271,13 +272,20 @@ def convert_bert(
 ) -> dict[str, Tensor]:          # ours
     """The same numbers under our names:
     q's rows, then k's, then v's become the one matrix `in_proj`.
+
+    Raises ValueError for a weight that is missing, TypeError for what is no tensor.
     """
     ours = {}
     for name, parts in bert_names(num_layers).items():
         for kind in ("weight", "bias"):
-            if f"{parts[0]}.{kind}" in state:
-                stacked = torch.cat([state[f"{part}.{kind}"] for part in parts])
-                ours[f"{name}.{kind}"] = stacked
+            theirs = [f"{part}.{kind}" for part in parts]
+            if kind == "bias" and not any(part in state for part in theirs):
+                continue    # a table has none
+            for part in theirs:
+                if part not in state:
+                    raise ValueError(f"{part} is missing")
+                check_tensor(part, state[part])
+            ours[f"{name}.{kind}"] = torch.cat([state[part] for part in theirs])
     return ours
 
 # %% ../../nbs/21_pretrained.ipynb #tokenizer-code
@@ -351,7 +359,8 @@ def mean_pool(
     x: Float[Tensor, "b n e"],
     key_mask: Bool[Tensor, "b n"],    # True = a real token
 ) -> Float[Tensor, "b e"]:
-    "The mean of each row's real tokens."
+    "The mean of each row's real tokens. Raises TypeError or ValueError for another mask."
+    check_key_mask(key_mask, x)
     weight = key_mask.unsqueeze(-1).to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1)
 

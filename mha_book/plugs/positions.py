@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
 from mha_book.heads.single_head import (
+    check_additions,
     check_count,
     check_flag,
     check_offset,
@@ -224,7 +225,7 @@ class RelativeBias(nn.Module):
         "Attend with the bias, and `bias` if given. ValueError for another number of heads."
         _check_heads(q, self.weight.shape[1], "biases")
         own = self.bias(q.shape[2], k.shape[2])
-        return self.attend(q, k, v, **_with_bias(options, own))
+        return self.attend(q, k, v, **_with_bias(options, own, q, k))
 
 
 def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
@@ -233,9 +234,12 @@ def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
                          f"counts query heads")
 
 
-def _with_bias(options: AttendOptions, own: Tensor) -> AttendOptions:
+def _with_bias(options: AttendOptions, own: Tensor, q: Tensor, k: Tensor) -> AttendOptions:
     "The options with a plug's own bias, to which a given one is added."
     given = options.get("bias")
+    if given is not None:
+        check_tensor("bias", given)
+        check_additions(None, given, (*q.shape[:3], k.shape[2]), q.device)
     return {**options, "bias": own if given is None else own + given}
 
 # %% ../../nbs/14a_positions.ipynb #slopes
@@ -296,4 +300,4 @@ class ALiBi(nn.Module):
         _check_heads(q, len(self.slopes), "slopes")
         dtype = float32_at_least(q.dtype)
         own = self.bias(q.shape[2], k.shape[2], q.device, dtype)
-        return self.attend(q, k, v, **_with_bias(options, own))
+        return self.attend(q, k, v, **_with_bias(options, own, q, k))

@@ -120,7 +120,8 @@ class RoPE:
         places: Int[Tensor, "*batch n"],      # where tokens stand
         dtype: torch.dtype = torch.float32,   # of the angles
     ) -> Float[Tensor, "*batch n w"]:         # w = rotary_dim, signed as `each_number` does
-        "place · frequency, for each number that turns."
+        "place · frequency, for each number that turns. TypeError for places with fractions."
+        check_whole("places", places)
         turns = torch.tensor(self._turns, dtype=dtype, device=places.device)
         return places.to(dtype)[..., None] * turns
 
@@ -183,6 +184,7 @@ def _check_rope(rope: RoPE) -> None:
 def _check_turned(rope: RoPE, q: Tensor, k: Tensor, offset: int | Tensor) -> None:
     "The tensors of a call, before anything is turned."
     for name, t in (("query", q), ("key", k)):
+        check_tensor(name, t)
         if t.dim() != 4 or t.shape[3] != rope.head_dim:
             raise ValueError(f"{name} of shape {tuple(t.shape)}; RoPE(head_dim="
                              f"{rope.head_dim}) needs batch, heads, length, {rope.head_dim}")
@@ -221,6 +223,8 @@ def rotate_by_tables(
     Raises TypeError or ValueError for what does not fit, and for places beyond the table:
     on a GPU, whose numbers it does not wait for, ids beyond it are the device's own error.
     """
+    check_tensor("query", q)
+    check_tensor("key", k)
     turns = q.shape[-1] if rotary_dim is None else rotary_dim
     _check_tables(q, k, cos, sin, offset, position_ids, turns, pairing)
     n, m, dtype = q.shape[2], k.shape[2], float32_at_least(q.dtype, k.dtype, cos.dtype)
