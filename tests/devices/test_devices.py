@@ -411,10 +411,10 @@ def turned(device, options):
 enter("RoPE", turned, ROPES)
 
 
-def turned_by_tables(device, ids):
+def turned_by_tables(device, options):
     angles = torch.randn(2 * s.m, s.d // 2, device=device, dtype=torch.float64)
     tables = dict(cos=angles.cos(), sin=angles.sin())
-    tables |= dict(position_ids=torch.arange(s.n, device=device)[None]) if ids else {}
+    tables |= dict(position_ids=torch.arange(s.n, device=device)[None]) if options else {}
     layer = layer_of(device, position=partial(mha_book.rotate_by_tables, **tables))
     y = layer(tokens(device), is_causal=True)
     y.sum().backward()
