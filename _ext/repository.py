@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from mha_book.bench.files import write_text
+
 ADDRESS = re.compile(r"https://github\.com/(?P<owner>[A-Za-z0-9][A-Za-z0-9-]*)/(?P<name>[A-Za-z0-9._-]+?)(\.git)?/?")
 CELL_ID = "colab"
 COLAB = '''#| hide
@@ -69,7 +71,7 @@ def fill_settings(root: Path, where: dict[str, str]) -> None:
     }
     for key, value in values.items():
         text = set_line(text, key, value, " = ")
-    path.write_text(text, encoding="utf8")
+    write_text(path, text)
 
 
 def fill_citation(root: Path, where: dict[str, str]) -> None:
@@ -77,7 +79,7 @@ def fill_citation(root: Path, where: dict[str, str]) -> None:
     path = root / "CITATION.cff"
     text = path.read_text(encoding="utf8")
     text = set_line(text, "repository-code", where["url"], ": ")
-    path.write_text(set_line(text, "url", where["pages"], ": "), encoding="utf8")
+    write_text(path, set_line(text, "url", where["pages"], ": "))
 
 
 def fill_config(root: Path, where: dict[str, str]) -> None:
@@ -87,7 +89,7 @@ def fill_config(root: Path, where: dict[str, str]) -> None:
     text = re.sub(r"^(  use_\w+_button): \w+$", r"\1: true", text, flags=re.M)
     text = re.sub(r"^html:\n(  baseurl: .*\n)?", f"html:\n  baseurl: {where['pages']}\n", text, flags=re.M)
     text = re.sub(r"\nrepository:\n(  .*\n)*\nlaunch_buttons:\n(  .*\n)*", "", text)
-    path.write_text(text.rstrip() + "\n" + BLOCK.format(**where), encoding="utf8")
+    write_text(path, text.rstrip() + "\n" + BLOCK.format(**where))
 
 
 def colab_cell(source: str) -> dict:
@@ -112,7 +114,7 @@ def fill_notebook(path: Path, where: dict[str, str]) -> None:
         source += f"\n{MODELS}"
     notebook["cells"] = [colab_cell(source), *cells]
     text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf8")
+    write_text(path, text + "\n")
 
 
 def configure(root: Path, address: str) -> dict[str, str]:

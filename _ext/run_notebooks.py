@@ -8,6 +8,7 @@ measures something, and runs alone after the others.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -99,20 +100,23 @@ def run_all(cache, todo: list[Path]) -> list[str]:
     for workers, batch in ((WORKERS, together), (1, alone)):
         with ProcessPoolExecutor(workers) as pool:
             runs = {pool.submit(execute, path): path for path in batch}
-            for run in as_completed(runs):
-                done += 1
-                errors += report(cache, f"[{done}/{len(todo)}]", runs[run], *run.result())
+            try:
+                for run in as_completed(runs):
+                    done += 1
+                    errors += report(cache, f"[{done}/{len(todo)}]", runs[run], *run.result())
+            except BaseException:  # what has not begun, does not begin
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return errors
 
 
 def report(cache, count: str, path: Path, nb, seconds: float, error: str) -> list[str]:
-    "Print a line on one run and keep it if it went well."
+    "Keep a run if it went well, and print a line on it."
+    if not error:
+        keep(cache, path, nb, seconds)
     remark = "" if seconds <= BUDGET else f", more than the {BUDGET} s that a page may take"
     print(f"{count} {path.name}: {'FAILED after' if error else 'ran in'} {seconds:.1f} s{remark}", flush=True)
-    if error:
-        return [error]
-    keep(cache, path, nb, seconds)
-    return []
+    return [error] if error else []
 
 
 def main(names: list[str]) -> int:
@@ -129,5 +133,18 @@ def main(names: list[str]) -> int:
     return 1 if errors else 0
 
 
+def main_to_the_end(names: list[str]) -> int:
+    "`main`, but for Ctrl-C and a reader who has left, such as `head`: one line and no traceback."
+    try:
+        return main(names)
+    except KeyboardInterrupt:
+        code, why = 130, "stopped by Ctrl-C"
+    except BrokenPipeError:
+        code, why = 141, "stopped, for nobody reads the output any more"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's own last flush
+    print(f"{why}; the notebooks that ran are kept", file=sys.stderr)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main_to_the_end(sys.argv[1:]))

@@ -34,7 +34,7 @@ from mha_book.kernels.backends import (
     window_mask,
 )
 from .kernels.merging import attention_with_lse, merge_attention
-from .plugs.cache import KVCache
+from .plugs.cache import ContextCache, KVCache
 from mha_book.plugs.logits import (
     HeadTemperature,
     OutputGate,
@@ -73,7 +73,7 @@ __all__ = [
     # Into `finish`
     "Finish", "OutputGate",
     # Into `cache`
-    "Cache", "KVCache", "BlockPool", "PagedCache", "commit_once",
+    "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     # Functions
     "attention", "attention_weights", "attention_logits", "attention_with_lse",
     "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",

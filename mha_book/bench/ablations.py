@@ -14,6 +14,7 @@ from ..instruments.device import _alone
 from ..lab.one_wrong_line import hamlet, token_nll
 from ..lab.what_heads_do import ablation_losses
 from ..models.language_model import LanguageModel
+from .ending import STOPS
 from .measured import Origin, provenance, read_file
 
 # The file
@@ -24,7 +25,7 @@ class Ablations(Origin):
     "A file of losses of a language model without each of its heads: origin, texts, losses."
 
     seconds: float  # CPU time
-    tokens: dict[str, int]  # text -> how many tokens were counted
+    tokens: dict[str, int]  # text -> how many tokens were counted; fewer where it was broken off
     base: dict[str, float]  # text -> loss of the whole model, in nats a token
     losses: dict[str, list[list[float]]]  # text -> layers of heads: loss without it
 
@@ -89,25 +90,38 @@ def run_ablations(
     passages: int,  # texts of each kind
     seed: int,
     tell: Callable[[int, int], object],  # told (how many texts are done, of how many)
-) -> dict[str, Any]:  # an `Ablations` without its command
-    "Take every head out, on every text."
+) -> tuple[dict[str, Any] | None, BaseException | None]:  # an `Ablations` without its command; what stopped it
+    "Take every head out, on every text. Ctrl-C or a failure ends it, and the texts that are done are kept."
     chosen = texts(model, tokenizer, passages, seed)
-    device, begin = model.word.weight.device, time.process_time()
-    found, done = provenance(device), itertools.count(1)
-    tokens, base, losses = {}, {}, {}
+    device, begin, stop = model.word.weight.device, time.process_time(), None
+    origin, done = provenance(device), itertools.count(1)
+    results = {name: [] for name in chosen}
     with _alone(device):
-        for name, (skipped, rows) in chosen.items():
-            results = []
-            for result in _without_each_head(model, skipped, rows):
-                results.append(result)
-                tell(next(done), passages * len(chosen))
-            tokens[name] = sum(ids.shape[1] - 1 - skipped for ids in rows)
-            base[name] = sum(whole for whole, _ in results) / len(results)
-            mean = torch.stack([each for _, each in results]).mean(0)
-            losses[name] = [[round(loss, 5) for loss in layer] for layer in mean.tolist()]
+        try:
+            for name, (skipped, rows) in chosen.items():
+                for result in _without_each_head(model, skipped, rows):
+                    results[name].append(result)
+                    tell(next(done), passages * len(chosen))
+        except STOPS as error:
+            stop = error
         threads = torch.get_num_threads()
-    counted = dict(tokens=tokens, base=base, losses=losses, seconds=round(time.process_time() - begin, 1))
-    return found | dict(dtype="float32", threads=threads, seed=seed) | counted
+    if not any(results.values()):
+        return None, stop
+    rest = dict(dtype="float32", threads=threads, seed=seed, seconds=round(time.process_time() - begin, 1))
+    return origin | rest | _counted(chosen, results), stop
+
+
+def _counted(chosen: dict[str, tuple[int, list[Tensor]]], results: dict[str, list]) -> dict[str, dict]:
+    "Means over the texts that are done, and how many tokens these are."
+    tokens, base, losses = {}, {}, {}
+    for name, pairs in results.items():
+        if pairs:
+            skipped, rows = chosen[name]
+            tokens[name] = sum(ids.shape[1] - 1 - skipped for ids in rows[: len(pairs)])
+            base[name] = sum(whole for whole, _ in pairs) / len(pairs)
+            mean = torch.stack([each for _, each in pairs]).mean(0)
+            losses[name] = [[round(loss, 5) for loss in layer] for layer in mean.tolist()]
+    return dict(tokens=tokens, base=base, losses=losses)
 
 
 def show_ablations(found: Ablations, most: int = 6) -> str:

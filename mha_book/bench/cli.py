@@ -1,12 +1,11 @@
 """The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out; each can refuse.
 
 A number can be printed for any setting. A setting whose number would mean nothing is refused, with the reason and with
-what would do.
+what would do. A command that is broken off writes what was measured, and says so in one line.
 """
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
@@ -24,8 +23,10 @@ from ..lab.stress import TREATMENTS, Run, Training
 from ..models.encoder import package_file
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
-from .contests import announce, hold_suite, warn
-from .measured import OTHERS, provenance, write_file, write_measurement
+from .contests import announce, hold_suite
+from .ending import STOPS, exit_code, give_up, is_watched, reason, say, to_the_end, undisturbed, warn
+from .files import check_writable
+from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
 from .suites import Setting, no_compiler
 from .suites_language import SUITES  # with the model's
@@ -101,11 +102,12 @@ def _check_common(args: argparse.Namespace) -> torch.device:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 or more, and below 2**63")
     if args.json is not None:
-        folder = args.json.parent
-        if args.json.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise ValueError(f"--json {args.json} cannot be written: it must be a file in a folder that exists")
-        if not args.json.name.isprintable() or len(args.json.name) > 200:
-            raise ValueError(f"--json {str(args.json)!r}: a name in print, up to 200 letters")
+        if not args.json.name.isprintable() or len(args.json.name) > 200 or args.json.name == "-":
+            raise ValueError(f"--json {str(args.json)!r}: needed is a name in print, up to 200 letters")
+        try:
+            check_writable(args.json)
+        except ValueError as error:
+            raise ValueError(f"--json {error}") from None
         named = [other for other in OTHERS if args.json.name.startswith(other)]
         if named != [args.command] * (args.command in OTHERS):
             raise ValueError(
@@ -236,24 +238,60 @@ def _suites(args: argparse.Namespace, device: torch.device) -> list[str]:
 
 def _bench(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, plan: list[tuple[str, Setting]]) -> int:
     "Measure what was planned, print it, and write down what was measured: an exit code."
-    origin, tables, codes = provenance(device), [], [0]
+    origin, tables, codes, stop = provenance(device), [], [0], None
     name = str(dtype).removeprefix("torch.")
     with _alone(device):  # what is compiled, is compiled for so many threads
-        machine = measure_machine(device, dtype)
-        announce(origin, name, machine)
         try:
+            machine = measure_machine(device, dtype)
+            announce(origin, name, machine)
             for suite, at in plan:
                 codes.append(hold_suite(suite, at, args.seed, args.rounds, machine, tables))
-        except KeyboardInterrupt:
-            warn("\nstopped; what was measured is kept")
-            codes.append(130)
+        except STOPS as error:
+            stop = error
         threads = torch.get_num_threads()
-    if args.json is not None and tables:
-        rest = dict(command=_command(args), dtype=name, threads=threads, seed=args.seed, rounds=args.rounds)
-        rest |= dict(machine=dict(flops=machine.flops, bandwidth=machine.bandwidth))
-        write_measurement(args.json, origin | rest | dict(tables=[asdict(table) for table in tables]))
-        print(f"\nwritten: {args.json}")
-    return max(codes)
+    if not tables:
+        return max(*codes, _keep(args, Measurement, None, stop))
+    rest = dict(dtype=name, threads=threads, seed=args.seed, rounds=args.rounds)
+    rest |= dict(machine=dict(flops=machine.flops, bandwidth=machine.bandwidth))
+    return max(*codes, _keep(args, Measurement, origin | rest | dict(tables=[asdict(t) for t in tables]), stop))
+
+
+def _keep(
+    args: argparse.Namespace,
+    kind: type[Origin],
+    found: dict | None,  # a `kind` without its command; None where nothing was measured
+    stop: BaseException | None,  # what broke the command off
+    show: Callable[[], str] | None = None,  # what is printed in the end
+) -> int:
+    "Write down what was measured, whatever broke the command off; then show it, and say how it ended: an exit code."
+    written, faults = False, [stop]
+    if found and args.json is not None:  # first of all, whatever happens to the screen
+        written, late = _write(args, kind, found)
+        faults.append(late)
+    if found and not isinstance(stop, OSError):  # somebody still reads
+        last = f"written: {args.json}" if written else "" if args.json is not None else "not written: no --json"
+        try:
+            say("\n".join([show() if show else "", last]).rstrip(), flush=True)
+        except OSError as unread:
+            faults.append(unread)
+    outcome = f"in {args.json}" if written else "not in a file"
+    outcome = f"what was measured is {outcome}" if found else "nothing was measured, and nothing is written"
+    for fault in filter(None, faults):
+        warn("\n" * is_watched() + f"{reason(fault)}; {outcome}")
+    give_up(sys.stdout)
+    return max(map(exit_code, faults))
+
+
+def _write(args: argparse.Namespace, kind: type[Origin], found: dict) -> tuple[bool, BaseException | None]:
+    "Write the file of --json: whether it is written, and what failed or came meanwhile."
+    written = False
+    try:
+        with undisturbed():
+            write_file(kind, args.json, found | dict(command=_command(args)))
+            written = True
+    except (KeyboardInterrupt, OSError, ValueError) as error:
+        return written, error
+    return written, None
 
 
 # Training, and taking heads out
@@ -262,20 +300,11 @@ def _bench(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, p
 def _stress(
     args: argparse.Namespace, names: list[str], rates: list[float], training: Training, device: torch.device
 ) -> int:
-    "Train what was planned, show what came of it, and write it down: an exit code."
+    "Train what was planned, write it down, and show what came of it: an exit code."
     seeds = range(args.seed, args.seed + args.seeds)
     found, stop = run_trials(names, rates, seeds, training, device, _progress())
-    if stop is not None:
-        warn(
-            f"\nstopped by {type(stop).__name__} {stop}".rstrip() + "; what was trained is "
-            "kept, and marked as incomplete"
-        )
-    if found["runs"] and args.json is not None:  # first of all, whatever happens to the screen
-        write_file(Trials, args.json, found | dict(command=_command(args)))
-    if found["runs"]:
-        print(show_trials([Run(**run) for run in found["runs"]], training))
-        print(f"written: {args.json}" if args.json is not None else "not written: no --json")
-    return 0 if stop is None else 130 if isinstance(stop, KeyboardInterrupt) else 1
+    runs = [Run(**run) for run in found["runs"]]
+    return _keep(args, Trials, found if runs else None, stop, lambda: show_trials(runs, training))
 
 
 def _progress() -> Callable[[int, int], None]:
@@ -283,7 +312,7 @@ def _progress() -> Callable[[int, int], None]:
     begin = time.monotonic()
 
     def tell(done, of):
-        if sys.stderr is not None and sys.stderr.isatty():
+        if is_watched():
             left = (time.monotonic() - begin) / max(done, 1) * (of - done) / 60
             text = f"  {done} of {of} done, about {left:.0f} min left"
             warn("\r\033[K" + (text if 0 < done < of else ""), end="")
@@ -292,14 +321,10 @@ def _progress() -> Callable[[int, int], None]:
 
 
 def _heads(args: argparse.Namespace, device: torch.device) -> int:
-    "Take the heads out, show the largest losses, and write all of them down: an exit code."
+    "Take the heads out, write down all losses, and show the largest: an exit code."
     model, tokenizer = load_smollm2(device)
-    found = run_ablations(model, tokenizer, args.passages, args.seed, _progress())
-    if args.json is not None:
-        write_file(Ablations, args.json, found | dict(command=_command(args)))
-    print(show_ablations(Ablations(**found, command="heads")))
-    print(f"written: {args.json}" if args.json is not None else "not written: no --json")
-    return 0
+    found, stop = run_ablations(model, tokenizer, args.passages, args.seed, _progress())
+    return _keep(args, Ablations, found, stop, lambda: show_ablations(Ablations(**found, command="heads")))
 
 
 # The command
@@ -320,11 +345,15 @@ def _command(args: argparse.Namespace) -> str:
 
 def main(
     argv: list[str] | None = None,  # the command line; sys.argv's unless told
-) -> int:  # 0; 1 where a suite failed, 130 where it was stopped
+) -> int:  # 0; 1 where something failed, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads on
     "The command `mha-book`. A setting that is refused exits with 2."
-    args = _parser().parse_args(argv)
-    try:
-        plan = args.plan(args)
-    except ValueError as error:
-        args.refuse(str(error))
-    return args.run(args, *plan)
+
+    def command() -> int:
+        args = _parser().parse_args(argv)
+        try:
+            plan = args.plan(args)
+        except ValueError as error:
+            args.refuse(str(error))
+        return args.run(args, *plan)
+
+    return to_the_end(command)

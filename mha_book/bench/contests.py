@@ -1,27 +1,22 @@
 """Holding a contest: its calls are timed in turns, its table is printed as soon as it is there."""
 
-import sys
+from contextlib import suppress
 
 import torch
 
 from ..instruments.device import benchmark
 from ..instruments.roofline import Machine
+from .ending import is_watched, say, warn
 from .measured import Row, Table, is_busy, memory, ratio_and_spread, share_of_peak
 from .suites import Contest, Setting
 from .suites_language import SUITES  # with the model's
-
-
-def warn(text: str, end: str = "\n") -> None:
-    "Tell the person at the screen."
-    if sys.stderr is not None:
-        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def hold(suite: str, at: Setting, contest: Contest, rounds: int, machine: Machine) -> Table:
     "Hold a contest."
 
     def progress(done, total):
-        if sys.stderr is not None and sys.stderr.isatty():
+        if is_watched():
             end = "\r\033[K" if done == total else ""  # in the end the line is empty
             warn(f"\r  {suite}, {contest.mode}: {done} of {total}", end)
 
@@ -71,7 +66,7 @@ def hold_suite(
     try:
         for contest in SUITES[suite](at):
             tables.append(hold(suite, at, contest, rounds, machine))
-            print(show(tables[-1]), flush=True)
+            say(show(tables[-1]), flush=True)
     except (RuntimeError, ValueError, MemoryError) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         warn(f"\n{suite}, {','.join(map(str, at.size))}: the rest failed: {text[:300]}")
@@ -87,9 +82,10 @@ def announce(origin: dict, dtype: str, machine: Machine) -> None:
             f"WARNING: this machine is busy (load {load} on {cores} cores); the numbers "
             f"will show its neighbours too. The file will say so."
         )
-    print(
-        f"{origin['device']['name']}, {dtype}, torch {torch.__version__}; "
-        f"measured: {machine.flops / 1e9:,.0f} GFLOP/s in products, "
-        f"{machine.bandwidth / 1e9:,.0f} GB/s"
-    )
-    print("ratio: time over the first row's, with the middle half of the rounds; = is no difference")
+    with suppress(BrokenPipeError):  # whoever reads no results is noticed at the first one, when it is there to be kept
+        say(
+            f"{origin['device']['name']}, {dtype}, torch {torch.__version__}; "
+            f"measured: {machine.flops / 1e9:,.0f} GFLOP/s in products, "
+            f"{machine.bandwidth / 1e9:,.0f} GB/s\n"
+            "ratio: time over the first row's, with the middle half of the rounds; = is no difference"
+        )

@@ -17,11 +17,14 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from reprlib import repr as shorter
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..instruments.device import band_width
+from ..instruments.device import band_width, pick_device
+from ..models.encoder import read_json
+from .files import write_text
 
 # What a file holds
 
@@ -118,7 +121,7 @@ class Origin:
             ("dtype", self.dtype, "bfloat16|float(16|32|64)"),
             ("commit", str(self.commit), r"None|[0-9a-f]{40}\+?"),
         ):
-            if not re.fullmatch(form, value):
+            if not re.fullmatch(form, str(value)):
                 raise ValueError(f"{field} {value!r} does not look like {form}")
 
     def _check_names(self, field: str, *names: str) -> None:
@@ -191,27 +194,38 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if get_origin(kind) is list and isinstance(data, list):
         return [_build(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(data)]
     if get_origin(kind) is dict and isinstance(data, dict):
+        for key in data:
+            _check_plain(key, f"a name of {where}")
         return {key: _build(get_args(kind)[1], item, f"{where}.{key}") for key, item in data.items()}
     options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(data, float) and not math.isfinite(data):
-        raise ValueError(f"{where} is {data}, not finite")
-    if isinstance(data, str) and not data.isprintable():
-        raise ValueError(f"{where} holds what cannot be printed: {data!r}")
+    _check_plain(data, where)
     if type(data) in options:
         return data
     if type(data) is int and float in options:
         return float(data)
-    raise ValueError(f"{where} is {data!r}, not {getattr(kind, '__name__', kind)}")
+    raise ValueError(f"{where} is {shorter(data)}, not {getattr(kind, '__name__', kind)}")
+
+
+def _check_plain(data: Any, where: str) -> None:
+    "ValueError for a number that no field can have, and for a text that a screen would obey."
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{where} is {data}, not finite")
+    if isinstance(data, int) and not -(2**63) <= data < 2**63:
+        raise ValueError(f"{where} is {shorter(data)}, beyond 64 bits")
+    if isinstance(data, str) and not data.isprintable():
+        raise ValueError(f"{where} holds what cannot be printed: {shorter(data)}")
 
 
 def _build_fields(kind: type, data: Any, where: str) -> Any:
     "A dataclass from a dict that has its fields, all of them and no other."
     if not isinstance(data, dict):
-        raise ValueError(f"{where} is {data!r}, not {kind.__name__}")
+        raise ValueError(f"{where} is {shorter(data)}, not {kind.__name__}")
     names = {field.name for field in fields(kind)}
-    for wrong, verb in ((names - set(data), "lacks"), (set(data) - names, "has unknown")):
-        if wrong:
-            raise ValueError(f"{where} {verb} {', '.join(sorted(wrong))}")
+    if missing := names - set(data):
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := set(data) - names:
+        _check_plain(min(unknown), f"a name of {where}")
+        raise ValueError(f"{where} has unknown {shorter(min(unknown))[1:-1]}")
     hints = get_type_hints(kind)
     return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in names})
 
@@ -220,15 +234,15 @@ def read_file(
     kind: type,  # what it should hold: `Measurement`, or another `Origin`
     path: Path | str,
 ) -> Any:  # a `kind`
-    """What a file holds. Raises FileNotFoundError where there is none, ValueError that
-    names file and fault where a name, a type or a number is not as it should be.
+    """What a file holds. Raises as `mha_book.models.encoder.read_json` does, and ValueError
+    that names file and fault where a name, a type or a number is not as it should be.
     """
+    data = read_json(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf8"))
-        if isinstance(data, dict) and data.get("schema") not in (None, SCHEMA):
-            raise ValueError(f"schema {data['schema']}; this version reads schema {SCHEMA}")
+        if data.get("schema") not in (None, SCHEMA):
+            raise ValueError(f"schema {shorter(data['schema'])}; this version reads schema {SCHEMA}")
         return _build(kind, data, "file")
-    except (ValueError, OverflowError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
 
 
@@ -242,21 +256,15 @@ def read_measurement(path: Path | str) -> Measurement:  # a file of `mha-book be
 
 def write_file(
     kind: type,  # what it is to hold: `Measurement`, or another `Origin`
-    path: Path | str,  # the file; replaced as a whole, or not at all
+    path: Path | str,  # the file; written as a whole, or not at all
     data: dict[str, Any],  # as JSON: the fields of `kind`
 ) -> None:
-    "Write a file in one step. What a reader would refuse raises ValueError here."
-    path = Path(path)
+    "Write a file. What a reader would refuse raises ValueError here, as does what `write_text` refuses."
     _build(kind, data, "file")
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     # a list of numbers on one line; a text holds no line break, so it cannot look like one
     text = re.sub(r"\[\n([^][{}\"]*)\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def write_measurement(path: Path | str, measured: dict[str, Any]) -> None:
@@ -268,9 +276,12 @@ def write_measurement(path: Path | str, measured: dict[str, Any]) -> None:
 
 
 def provenance(
-    device: torch.device,  # what is measured
+    device: torch.device | str,  # what is measured
 ) -> dict[str, Any]:
-    "Date, device, versions, commit and load: all of a `Measurement` that no argument says."
+    """Date, device, versions, commit and load: all of a `Measurement` that no argument says.
+    Raises ValueError for a device that is not there.
+    """
+    device = pick_device(device)
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ import torch
 
 from ..instruments.device import _alone
 from ..lab.stress import TREATMENTS, Run, Training, learned, train
+from .ending import STOPS
 from .measured import Origin, provenance, read_file
 
 # The file
@@ -87,7 +88,7 @@ def run_trials(
                 tell(len(runs), len(plan))
                 runs.append(train(name, rate, seed, training, device))
             tell(len(runs), len(plan))
-        except (KeyboardInterrupt, RuntimeError, ValueError, MemoryError) as error:
+        except STOPS as error:
             stop = error
         threads = torch.get_num_threads()
     done = dict(complete=len(runs) == len(plan), seconds=round(time.process_time() - begin, 1))

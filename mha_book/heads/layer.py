@@ -10,6 +10,7 @@ __all__ = ['AttendOptions', 'Attend', 'Position', 'Finish', 'Cache', 'commit_onc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypedDict, runtime_checkable
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,7 @@ from mha_book.heads.single_head import (
     check_offset,
     check_tensor,
     fused_attend,
+    is_whole,
     join_masks,
     repeat_groups,
 )
@@ -83,6 +85,8 @@ class Cache(Protocol):
     `append` returns all keys and values that this call may see, in the order of time, and
     which of them (True = may look, b 1 1 m or b 1 n m; None = all), and changes nothing
     until `commit`. `commit_once` says who calls that. `crop` takes the last tokens back.
+    A cache that holds tokens goes on with the layer that wrote them, or with another that
+    makes the same keys (a copy) or outlives it; and then not with the first again.
     """
 
     @property
@@ -104,23 +108,36 @@ def commit_once(
     """The outermost caller commits: what is appended in the block is kept when the block ends,
     and forgotten where it fails. A block inside another leaves the caches of that one alone:
     so a layer keeps its own cache, and a model those of all its layers, or of none.
+
+    Raises TypeError for what is no cache, ValueError for the same one twice.
     """
+    _check_caches(caches)
     own = [cache for cache in caches if not getattr(cache, "in_hand", False)]
     for cache in own:
         cache.in_hand = True
     try:
         yield
-    finally:
+    finally:    # a layer that has appended stands there now, in place of True
+        writers = [cache.in_hand for cache in own]
         for cache in own:
             cache.in_hand = False
-    before = [cache.seen for cache in own] if len(own) > 1 else []
-    for done, cache in enumerate(own):
+    _commit_all(own)
+    for cache, by in zip(own, writers):
+        if isinstance(by, _Writers):
+            cache.written_by = by
+
+
+def _commit_all(caches: list[Cache]) -> None:
+    "Commit all of them or none: the memory of several may be one, and full."
+    before = [cache.seen for cache in caches] if len(caches) > 1 else []
+    for done, cache in enumerate(caches):
         try:
             cache.commit()
-        except Exception:    # the memory of several may be one, and full
-            for other, length in zip(own[:done], before):
+        except Exception:
+            for other, length in zip(caches[:done], before):
                 other.crop(length)
             raise
+
 
 # %% ../../nbs/03b_layer.ipynb #layer
 class MultiHeadAttention(StackedProjections):
@@ -193,7 +210,7 @@ class MultiHeadAttention(StackedProjections):
         """
         _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
-        with nullcontext() if cache is None else commit_once(cache):
+        with nullcontext() if cache is None else _turn_of(self, cache):
             q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
@@ -253,21 +270,132 @@ class MultiHeadAttention(StackedProjections):
             q, k, v = self.qkv(x, context, value=value)
             visible = None if key_mask is None else key_mask[:, None, None]
         else:
-            q, k, v = self.qkv(x, context, value=value, offset=_offset(key_mask, cache))
+            context, offset = _begin(self, x, context, key_mask, cache)
+            q, k, v = self.qkv(x, context, value=value, offset=offset)
             k, v, visible = cache.append(k, v, *() if key_mask is None else (key_mask,))
         if mask is not None and visible is not None:
             check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
         return q, k, v, join_masks(mask, visible)
 
 # %% ../../nbs/03b_layer.ipynb #layer-offset
-def _offset(key_mask: Tensor | None, cache: Cache) -> int | Tensor:
-    """The place of a call's first token, after the real tokens before this call.
+def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, key_mask: Tensor | None,
+           cache: Cache) -> tuple[Tensor | None, int | Tensor]:
+    """What keys are to be made of in a call with a cache, and the place of its first token,
+    after the real tokens before this call.
 
     Padding before a row's first real token stands before that token's place.
     """
+    seen = _checked_seen(layer, x, cache)
+    if hasattr(cache, "ask"):    # the keys of a context are made once
+        return cache.ask(context), seen
     if key_mask is None:
-        return cache.seen
-    return cache.seen - (key_mask.cumsum(1) == 0).sum(1)
+        return None, seen
+    return None, seen - (key_mask.cumsum(1) == 0).sum(1)
+
+
+# %% ../../nbs/03b_layer.ipynb #layer-turns
+class _Writers(tuple):
+    "Of a cache, the layers that wrote it, the last one first; its copy, or pickle, is nobody's."
+
+    def __reduce__(self):
+        return _Writers, ()
+
+
+@contextmanager
+def _turn_of(layer: nn.Module, cache: Cache) -> Iterator[None]:
+    "A block in which this layer appends; the cache knows that when the block has ended."
+    with commit_once(cache):
+        yield
+        if not torch.compiler.is_compiling() and getattr(cache, "in_hand", False):
+            others = [by for by in getattr(cache, "written_by", ()) if by() not in (None, layer)]
+            cache.in_hand = _Writers([ref(layer), *others])
+
+
+def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
+    "The tokens that a cache has seen, once it is certain that this layer may go on from them."
+    _check_caches((cache,))
+    seen = cache.seen
+    if isinstance(seen, Tensor) and x.ndim == 3 and len(seen) != len(x):
+        raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other rows "
+                         f"is made anew, or by its reorder")
+    if getattr(cache, "window", None) is not None:
+        _check_windows(layer.attend, cache.window, getattr(cache, "keep_first", 0))
+    if not torch.compiler.is_compiling():    # what is traced once says nothing of later steps
+        _check_turn(layer, cache, seen)
+    return seen
+
+
+def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
+    "Raise where the tokens of a cache, or of this step, are another layer's."
+    if isinstance(getattr(cache, "in_hand", False), _Writers):
+        raise RuntimeError("two calls with one cache in one step: commit_once keeps what the "
+                           "last one appends, and nothing of the first; give each layer a "
+                           "cache of its own, and each call a step of its own")
+    last, *others = [by() for by in getattr(cache, "written_by", ())] or [None]
+    if last is None or last is layer:
+        return
+    empty = not seen.any() if isinstance(seen, Tensor) and not seen.is_meta else seen == 0
+    if not empty and (layer in others or not _same_keys(layer, last)):
+        raise ValueError("the cache holds keys that another layer made; each layer needs a "
+                         "cache of its own. To begin anew: cache.reset(). To go on from the "
+                         "other's keys on purpose: copy.deepcopy(cache)")
+
+
+def _same_keys(one: nn.Module, other: nn.Module) -> bool:
+    "Whether two layers make the same keys and values of the same tokens, by their numbers."
+    makers = "in_proj", "context_proj", "k_norm", "position"
+    a, b = ({f"{name}.{key}": value for name in makers
+             if isinstance(maker := getattr(layer, name, None), nn.Module)
+             for key, value in maker.state_dict().items()} for layer in (one, other))
+    return a.keys() == b.keys() and all(map(_is_same, a.values(), b.values()))
+
+
+def _is_same(a: object, b: object) -> bool:
+    "Whether two entries of a state dict are equal; what is no tensor on a device is not asked."
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta:
+        return type(a) is type(b)
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and torch.equal(a, b)
+
+
+# %% ../../nbs/03b_layer.ipynb #layer-cache-checks
+def _check_caches(caches: tuple[Cache, ...]) -> None:
+    "Raise TypeError for what is no cache, ValueError for the same one twice."
+    for cache in caches:
+        if not (hasattr(cache, "append") and hasattr(cache, "commit")):
+            raise TypeError(f"cache must have append, commit, crop and seen, got "
+                            f"{type(cache).__name__}; a layer takes one cache, and a model a "
+                            f"list with one for each layer")
+    if len(caches) > 1 and len({id(cache) for cache in caches}) < len(caches):
+        twice = [i for i, cache in enumerate(caches) if sum(c is cache for c in caches) > 1]
+        raise ValueError(f"caches {twice} are one and the same; each layer needs a cache of its "
+                         f"own, for its keys are its own: [new() for _ in layers], not "
+                         f"[new()] * n")
+
+
+def _check_windows(attend: Attend, window: int, keep_first: int) -> None:
+    "Raise ValueError where a cache rolls, and the plug is known to hide other keys than it."
+    left = _known_left(attend)
+    if left is not None and (left != window - 1 or keep_first):
+        raise ValueError(f"windows differ: the cache's query sees {window} keys and the first "
+                         f"{keep_first} (window, keep_first), attend's {left + 1}: the cache "
+                         f"hides what is too far back, so leave the window out of attend, or "
+                         f"give both the same, without keep_first")
+
+
+def _known_left(attend: Attend | None) -> int | None:
+    """How many keys before its own a query sees by a plug's window: that of a partial, of an
+    attribute `window`, or of the plug that it hands on to. None = all, or not known.
+    """
+    while attend is not None:
+        window = getattr(attend, "keywords", {}).get("window", getattr(attend, "window", None))
+        if is_whole(window):
+            return window - 1
+        if isinstance(window, tuple):
+            return window[0]
+        attend = getattr(attend, "func", None) or getattr(attend, "attend", None)
+    return None
+
 
 # %% ../../nbs/03b_layer.ipynb #own-ways
 def own_ways(
@@ -350,10 +478,13 @@ def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
         raise TypeError("key_padding_mask is torch's name, and there True = padding; here it "
                         "is key_mask, and True = a real token: key_mask=~key_padding_mask")
     if key_mask is not None:
-        check_tensor("x", x) if context is None else check_tensor("context", context)
-        check_key_mask(key_mask, x if context is None else context)
-    if context is not None and cache is not None:
-        raise ValueError("cache keeps the keys of x; with context, call without a cache")
+        # a context that is kept need not be given again
+        kept = getattr(cache, "context", None) if context is None else context
+        check_tensor("x" if kept is None else "context", x if kept is None else kept)
+        check_key_mask(key_mask, x if kept is None else kept)
+    if context is not None and cache is not None and not hasattr(cache, "ask"):
+        raise ValueError("the cache keeps the keys of x; those of a context stay in a "
+                         "ContextCache, or are made in every call, without a cache")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-tokens
 def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,

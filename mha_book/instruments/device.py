@@ -20,6 +20,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
+from ..heads.single_head import is_number, is_whole
 from ..kernels.torch_private import event_tree, is_allocation, profiler_is_running
 
 # %% ../../nbs/06a_device.ipynb #pick-code
@@ -29,7 +30,8 @@ def pick_device(
     """The device to work on: `name`, or $MHA_BOOK_DEVICE, or CUDA where there is one,
     or the CPU.
 
-    Raises ValueError where the device asked for is not there, and says what is.
+    Raises ValueError where the device asked for is not there, and says what is; TypeError
+    for what is no name of a device.
     """
     asked, source = name, ""
     if asked is None:
@@ -37,22 +39,42 @@ def pick_device(
     if not asked and name is None:
         asked = "cuda" if torch.cuda.is_available() else "cpu"
         source = ", chosen because $MHA_BOOK_DEVICE is not set,"
+    device = _parsed(asked, source)
     try:
-        device = torch.device(asked)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        mps = ["mps"] * torch.backends.mps.is_available()
-        raise ValueError(f"device {str(asked)!r}{source} is not there; "
-                         f"there is {', '.join(['cpu', *gpus, *mps])}") from error
+        raise ValueError(_absent(asked, source)) from error
+    if device.type == "cpu" and device.index:    # torch takes any number for the one CPU
+        raise ValueError(_absent(asked, source))
     return device
+
+# %% ../../nbs/06a_device.ipynb #parsed-code
+def _parsed(asked: object, source: str = "") -> torch.device:
+    "What torch understands by a device's name; whether it is there, is not asked."
+    try:
+        return torch.device(asked)
+    except TypeError:
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda:1', or a torch.device; "
+                        f"got {asked!r} of type {type(asked).__name__}") from None
+    except RuntimeError as error:
+        raise ValueError(_absent(asked, source)) from error
+
+
+def _absent(asked: object, source: str = "") -> str:
+    "That a device is not there, and what is."
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] * torch.backends.mps.is_available()
+    return (f"device {str(asked)!r}{source} is not there; "
+            f"there is {', '.join(['cpu', *gpus, *mps])}")
 
 # %% ../../nbs/06a_device.ipynb #timed-on-code
 def timed_on(
     device: torch.device | str,   # where `benchmark` measured
 ) -> str:
-    "What to print beside a timing: the device and torch's version."
-    device = torch.device(device)
+    """What to print beside a timing: the device and torch's version. Raises as
+    `pick_device` does.
+    """
+    device = pick_device(_parsed(device))
     name = {"cpu": "CPU, one thread"}.get(device.type, device.type)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -74,10 +96,17 @@ def use_device(
 def synchronize(
     device: torch.device | str,   # where the work was launched
 ) -> None:
-    "Wait until all that was launched on `device` is done. On a CPU it is done already."
-    device = torch.device(device)
-    if device.type not in ("cpu", "meta"):
+    """Wait until all that was launched on `device` is done. On a CPU it is done already.
+    Raises as `pick_device` does.
+    """
+    device = _parsed(device)
+    if device.type in ("cpu", "meta"):
+        return
+    try:
         torch.accelerator.synchronize(device)
+    except (RuntimeError, AssertionError, ImportError):
+        pick_device(device)    # it is not there, or else it failed
+        raise
 
 # %% ../../nbs/06a_device.ipynb #timing-code
 @dataclass(frozen=True)
@@ -175,13 +204,14 @@ def _how_often(call: Callable[[], object], device: torch.device, enough: float) 
 # %% ../../nbs/06a_device.ipynb #check-code
 def _numbered(device: torch.device | str | None) -> torch.device:
     "That device, or torch's default; \"cuda\" becomes the current GPU, with its number."
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = torch.get_default_device() if device is None else pick_device(device)
     if device == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def _check_benchmark(calls: object, device: torch.device, rounds: object, enough: float):
+def _check_benchmark(calls: object, device: torch.device, rounds: object, enough: object,
+                     progress: object) -> None:
     "Refuse what cannot be measured, before anything runs."
     if not isinstance(calls, Mapping) or not calls:
         raise ValueError("calls must be a dict of name: function with at least one entry, "
@@ -190,11 +220,13 @@ def _check_benchmark(calls: object, device: torch.device, rounds: object, enough
         if not callable(call):
             raise TypeError(f"calls[{name!r}] must be a function without arguments, "
                             f"got {type(call).__name__}; write lambda: ...")
-    if not isinstance(rounds, int) or rounds < 3:
+    if not is_whole(rounds) or rounds < 3:
         raise ValueError(f"rounds must be an integer of at least 3, for quartiles; "
                          f"got {rounds!r}")
-    if not 0 < enough < math.inf:
-        raise ValueError(f"min_seconds must be above 0 and finite, got {enough}")
+    if not is_number(enough) or not 0 < enough < math.inf:
+        raise ValueError(f"min_seconds must be above 0 and finite, got {enough!r}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of two numbers, got {progress!r}")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"benchmark knows the clocks of cpu and cuda, not of {device}")
 
@@ -260,9 +292,13 @@ def peak_bytes(
 
     Where `call` frees what was there before, a CPU's peak is none the lower, CUDA's is.
     It runs once; on CUDA twice, since a first call also reserves what its library needs.
-    Raises RuntimeError where another profiler is running on the CPU.
+    Raises RuntimeError where another profiler is running on the CPU, ValueError for a
+    device that is not there, and TypeError for what cannot be called.
     """
     device = _numbered(device)
+    if not callable(call):
+        raise TypeError(f"call must be a function without arguments, "
+                        f"got {type(call).__name__}; write lambda: ...")
     if device.type == "cpu":
         return _cpu_peak(call)
     if device.type != "cuda":
@@ -288,11 +324,12 @@ def benchmark(
 
     A CPU is timed by the CPU time of this process, torch on one thread; CUDA by events.
     The base is called twice a round, and its second time is compared with its first.
-    Raises ValueError or TypeError for what cannot be measured, and RuntimeError where the
-    clock of CPU time ticks too slowly for blocks of `min_seconds`.
+    Raises ValueError or TypeError for what cannot be measured, a device that is not there
+    included, and RuntimeError where the clock of CPU time ticks too slowly for blocks of
+    `min_seconds`.
     """
     device = _numbered(device)
-    _check_benchmark(calls, device, rounds, min_seconds)
+    _check_benchmark(calls, device, rounds, min_seconds, progress)
     names = list(calls)
     turns = [*names, names[0]]
     times, shuffle = [[] for _ in turns], random.Random(0)

@@ -13,7 +13,7 @@ import torch
 
 from ..heads.single_head import check_count, is_number
 from ..heads.weight_split import HeadLayout
-from .device import benchmark, timed_on
+from .device import _numbered, benchmark, timed_on
 
 # %% ../../nbs/06b_roofline.ipynb #work
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ def measure_machine(
     too large for its caches (bytes read and written). One thread on a CPU.
 
     Leaves torch's random numbers as they were. Raises TypeError for a dtype without a
-    plain product, ValueError for a device without a clock.
+    plain product, ValueError for a device without a clock, or one that is not there.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError("dtype must be float16, bfloat16, float32 or float64, "
                         f"got {dtype}")
-    device = torch.device(device or torch.get_default_device())
+    device = _numbered(device)
     flops = 0.0
     for size in (512, 1024, 2048, 4096, 8192):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

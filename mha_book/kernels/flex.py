@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..heads.single_head import float32_at_least
 from .backends import BACKENDS, AttentionCall, Backend
-from .torch_private import is_fake
+from .torch_private import is_fake, is_transformed
 
 # %% ../../nbs/07c_flex.ipynb #flex-blocks
 def _near(n: int, m: int, left: int | None, right: int | None, device: torch.device):
@@ -64,12 +64,15 @@ def _score_mod(call: AttentionCall) -> Callable | None:
     "Softcap, bias and mask as one function of a logit and its place, or None."
     shape = (*call.q.shape[:3], call.k.shape[2])
     top, bias, mask = call.softcap, call.bias, call.mask
+    wide = float32_at_least(call.q.dtype)
     if top is None and bias is None and mask is None:
         return None
     same = lambda s, *place: s  # noqa: E731
     capped = biased = visible = same
-    if top is not None:    # as a tensor, for another number would compile another kernel
-        wide = float32_at_least(call.q.dtype)
+    if top is not None and top < torch.finfo(wide).tiny:
+        capped = torch.zeros_like
+    elif top is not None and top <= 2.0 ** 100:    # beyond, it caps nothing; see `capped`
+        # as a tensor, for another number would compile another kernel
         top = torch.full((), top, dtype=wide, device=call.q.device)
         capped = lambda s: top * torch.tanh(s / top)  # noqa: E731
     if bias is not None:
@@ -112,6 +115,7 @@ def _flex_lacks(call: AttentionCall) -> str | None:
         f"the device {device}": device not in ("cpu", "cuda"),
         "empty inputs": 0 in (*call.q.shape, call.k.shape[2], width),
         "gradients on a CPU": device == "cpu" and call.needs_grad,
+        "forward mode, vmap and torch.jit.trace": _is_passed_through(call),
     }
     if device == "cuda":
         reasons |= {
@@ -120,6 +124,13 @@ def _flex_lacks(call: AttentionCall) -> str | None:
             f"heads of width {width}, below 16, on CUDA": width < 16,
         }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_passed_through(call: AttentionCall) -> bool:
+    "Whether a transformation of torch that FlexAttention does not know runs through the call."
+    tensors = call.q, call.k, call.v, call.mask, call.bias, call.sinks
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or any(
+        is_transformed(t) for t in tensors if t is not None))
 
 
 def _flex_declines(call: AttentionCall) -> str | None:

@@ -97,7 +97,7 @@ def attention_with_lse(
     needs where `k` and `v` are a part of all keys and values.
 
     lse = log(Σ_visible exp(logit) + exp(sink)): -inf for a query that may look nowhere, in
-    float32 whatever the dtype of `q` (float64 for float64). Both outputs are differentiable.
+    float32 at least, in float64 where `q`, `bias` or `sinks` is. Both outputs are differentiable.
     `is_causal` and `window` count from the end of these keys: for a part that is not the
     last one say it with `mask`. Give `sinks` to one part only.
     Raises as `attention` does.
@@ -106,9 +106,10 @@ def attention_with_lse(
         q, k, v, mask=mask, bias=bias, is_causal=is_causal, window=window, scale=scale,
         softcap=softcap, sinks=sinks))
     lse = _log_sum_exp(logits)
-    out = masked_softmax(logits, None) @ repeat_groups(v, q.shape[1])
+    out = masked_softmax(logits, None).to(q.dtype) @ repeat_groups(v, q.shape[1])
     if sinks is None:
         return out, lse
-    sinks = sinks.to(lse.dtype).clamp(max=torch.finfo(lse.dtype).max)    # ∞ - ∞ is NaN
+    wide = torch.promote_types(lse.dtype, sinks.dtype)
+    sinks = sinks.to(wide).clamp(max=torch.finfo(wide).max)    # ∞ - ∞ is NaN
     sinks = sinks[:, None].expand_as(lse)
     return merge_attention([out, torch.zeros_like(out)], [lse, sinks])

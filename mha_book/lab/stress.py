@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..heads.layer import MultiHeadAttention
+from ..instruments.device import pick_device
 from ..kernels.backends import attention, attention_logits, largest_sizes
 from ..plugs.logits import HeadTemperature, OutputGate, SinkAttention, qk_clip_, z_loss
 
@@ -81,7 +82,10 @@ def sequences(
     seed: int,                 # below 2**31
     device: torch.device | str | None = None,    # where they are to be
 ) -> Iterator[Int[Tensor, "b n"]]:               # batch after batch, without end
-    "Random tokens whose second half repeats the first; the same on every device."
+    """Random tokens whose second half repeats the first; the same on every device. Raises
+    ValueError for a device that is not there, when the first batch is asked for.
+    """
+    device = None if device is None else pick_device(device)
     generator = torch.Generator("cpu").manual_seed(2**31 + seed)    # not that of the weights
     while True:
         first = torch.randint(training.vocab, (training.batch, training.tokens // 2),
@@ -291,11 +295,12 @@ def train(
 ) -> Run:
     """Train a `CopyModel` on sequences that repeat. Torch's own seed stays as it was.
 
-    Raises ValueError for a treatment that is not known.
+    Raises ValueError for a treatment that is not known, or a device that is not there.
     """
     if name not in TREATMENTS:
         raise ValueError(f"unknown treatment {name!r}; there are {', '.join(TREATMENTS)}")
-    treatment, device = TREATMENTS[name], device or torch.get_default_device()
+    device = torch.get_default_device() if device is None else pick_device(device)
+    treatment = TREATMENTS[name]
     model = _model(treatment, seed, training).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95),
                                   weight_decay=training.weight_decay, fused=True)

@@ -23,6 +23,7 @@ from ..heads.dialects import convert_weights
 from ..heads.layer import Cache, MultiHeadAttention, commit_once
 from ..heads.single_head import is_whole
 from ..heads.weight_split import HeadLayout
+from ..instruments.device import pick_device
 from .encoder import _need, check_digest, check_tensors, package_file
 from ..plugs.cache import KVCache
 from ..plugs.rope import RoPE
@@ -87,9 +88,14 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 def read_gguf(
     path: str | Path,    # a GGUF file
 ):                       # fields by name, and `gguf.ReaderTensor`s by name
-    "What a file says of itself, and its tensors, still as they are stored."
-    reader = _need("gguf").GGUFReader(str(path))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    """What a file says of itself, and its tensors, still as they are stored. Raises
+    ValueError, which begins with the file's name, for a file that is none of GGUF.
+    """
+    try:
+        reader = _need("gguf").GGUFReader(str(path))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, LookupError, OverflowError) as error:
+        raise ValueError(f"{Path(path).name}: no GGUF file, or cut off: {error}") from error
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 # %% ../../nbs/22a_language_model.ipynb #gguf-tensors
@@ -296,8 +302,9 @@ def load_smollm2(
     float32, its file checked first.
 
     Raises as `package_file`, `check_digest`, `LanguageModelConfig.from_fields` and
-    `load_gguf` do.
+    `load_gguf` do, and ValueError for a device that is not there.
     """
+    device = None if device is None else pick_device(device)
     path = package_file(*SMOLLM2)
     check_digest(path, SMOLLM2_SHA256)
     fields, tensors = read_gguf(path)

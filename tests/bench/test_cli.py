@@ -402,7 +402,7 @@ def put(data, place, value):
     "place, value, fault",
     [
         (["schema"], 2, "schema 2; this version reads schema 1"),
-        (["schema"], "1", "schema 1; this version"),
+        (["schema"], "1", "schema '1'; this version"),
         (["surprise"], 1, "file has unknown surprise"),
         (["rounds"], 15.5, "file.rounds is 15.5, not int"),
         (["seed"], True, "file.seed is True, not int"),

@@ -525,6 +525,27 @@ def reordered(device, cached):
     return cache.k, cache.v, cache.seen
 
 
+def rows_come_and_go(device):
+    cache, other = slab(device), slab(device)
+    k, v = torch.randn(2, s.b, s.g, 3, s.d, device=device, dtype=torch.float64)
+    for kept in cache, other:
+        kept.append(k, v)
+        kept.commit()
+    cache.join(cache.fork(torch.tensor([1, 0], device=device), torch.tensor([1, 2], device=device)))
+    cache.drop(torch.tensor([0, 2], device=device))
+    cache.join(other)
+    return cache.k[:, :, cache.start : cache.end], cache.seen
+
+
+def asked(device):
+    "A context in the first call, and none later."
+    layer, kept = layer_of(device, context_dim=11), mha_book.ContextCache()
+    real = torch.tensor([[True] * s.m, [False] + [True] * (s.m - 1)], device=device)
+    rows = [layer(tokens(device, 2), tokens(device, s.m, 11), key_mask=real, cache=kept)]
+    return rows, layer(tokens(device, 3), cache=kept), kept.k, kept.seen
+
+
+CASES["ContextCache"] = asked
 enter(
     "KVCache",
     partial(decoded, cached=slab),
@@ -592,6 +613,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         decoded, options=dict(window=2, keep_first=2), cached=slab, real=[[False, False, True], [True, True, False]]
     ),
     "KVCache: reorder": partial(reordered, cached=slab),
+    "KVCache: drop, fork, join": rows_come_and_go,
     "PagedCache, BlockPool": partial(decoded, options={}, cached=blocks),
     "PagedCache, BlockPool: padding": partial(
         decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]

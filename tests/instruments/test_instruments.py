@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mha_book.bench.measured import provenance
 from mha_book.instruments import device as instruments
 from mha_book.instruments.device import (
     Timing,
@@ -18,7 +19,12 @@ from mha_book.instruments.device import (
     timed_on,
     use_device,
 )
+from mha_book.instruments.roofline import measure_machine
 from mha_book.instruments.testing import assert_as_exact
+from mha_book.lab.stress import Training, sequences, train
+from mha_book.models.encoder import load_minilm
+from mha_book.models.language_model import load_smollm2
+from support.refusals import refused
 
 EXACT = torch.linspace(-1, 1, 50, dtype=torch.float64)
 
@@ -127,9 +133,72 @@ def test_synchronize_waits_where_there_is_something_to_wait_for(monkeypatch):
     assert waited == [torch.device("cuda:1")]
 
 
-def test_what_is_printed_beside_a_timing():
+def test_what_is_printed_beside_a_timing(monkeypatch):
     assert timed_on("cpu") == f"CPU, one thread, torch {torch.__version__}"
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # every device is there
     assert timed_on("mps") == f"mps, torch {torch.__version__}"
+
+
+ABSENT = ["nonsense", "", "cpu:3", "mps", "cuda:99999999999999", 5, torch.device("xpu"), "cuda:99"]
+ASKED = {
+    "pick_device": pick_device,
+    "use_device": use_device,
+    "timed_on": timed_on,
+    "benchmark": lambda device: benchmark({"a": never}, device=device),
+    "peak_bytes": lambda device: peak_bytes(never, device),
+    "measure_machine": lambda device: measure_machine(device),
+    "train": lambda device: train("plain", 0.1, 0, device=device),
+    "sequences": lambda device: next(sequences(Training(), 0, device)),
+    "load_smollm2": load_smollm2,
+    "load_minilm": load_minilm,
+    "provenance": provenance,
+}
+
+
+def never():
+    raise AssertionError("it was called")
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("device", [*ABSENT, *["cuda", "cuda:0"] * (not torch.cuda.is_available())])
+@pytest.mark.parametrize("name", ASKED)
+def test_whoever_is_told_a_device_that_is_not_there_says_what_is(name, device):
+    before = torch.get_default_device()
+    with refused(ValueError, f"device {str(device)!r} is not there; there is cpu"):
+        ASKED[name](device)
+    assert torch.get_default_device() == before
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("device", [5.0, True, ["cpu"], torch.float32])
+@pytest.mark.parametrize("name", [*ASKED, "synchronize"])
+def test_what_is_no_name_of_a_device_is_another_error(name, device):
+    with refused(TypeError, "device must be a name such as 'cpu' or 'cuda:1'", type(device).__name__):
+        ASKED.get(name, synchronize)(device)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99", "mps"])
+def test_waiting_for_a_device_that_is_not_there(device):
+    with refused(ValueError, f"device {device!r} is not there; there is cpu"):
+        synchronize(device)
+
+
+def test_a_device_that_is_there_and_fails_tells_its_own_error(monkeypatch):
+    def fails(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", fails)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # every device is there
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        synchronize("cuda:0")
+
+
+def test_a_device_without_a_clock_is_told_from_one_that_is_not_there():
+    for call in (lambda: benchmark({"a": never}, device="meta"), lambda: measure_machine("meta")):
+        with refused(ValueError, "the clocks of cpu and cuda, not of meta"):
+            call()
+    with refused(ValueError, "the memory of cpu and cuda, not of meta"):
+        peak_bytes(never, "meta")
 
 
 @pytest.mark.parametrize("low, high, width", [(0.75, 1.125, 0.25), (0.875, 1.5, 0.5), (1.25, 1.5, 0.5)])
@@ -274,6 +343,10 @@ def test_threads_are_restored_when_a_call_fails():
         ({"a": print}, {"rounds": 2}, ValueError, "at least 3, for quartiles; got 2"),
         ({"a": print}, {"rounds": 5.0}, ValueError, "at least 3"),
         ({"a": print}, {"rounds": True}, ValueError, "at least 3"),
+        ({"a": print}, {"rounds": "15"}, ValueError, "at least 3"),
+        ({"a": print}, {"min_seconds": "1"}, ValueError, "above 0"),
+        ({"a": print}, {"min_seconds": True}, ValueError, "above 0"),
+        ({"a": print}, {"progress": 3}, TypeError, "progress must be a function of two numbers, got 3"),
         ({"a": print}, {"min_seconds": 0.0}, ValueError, "above 0"),
         ({"a": print}, {"min_seconds": float("nan")}, ValueError, "above 0"),
         ({"a": print}, {"min_seconds": float("inf")}, ValueError, "above 0 and finite"),
@@ -343,6 +416,7 @@ class FakeCuda:
             self.pending.clear()
 
         self.pending = []
+        monkeypatch.setattr(instruments, "pick_device", torch.device)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", self.enter)
@@ -379,6 +453,12 @@ def test_cuda_is_timed_by_its_own_clock_and_waited_for_after_each_block(monkeypa
 # Bytes
 
 
+@pytest.mark.usefixtures("own_messages")
+def test_what_cannot_be_called_has_no_bytes():
+    with refused(TypeError, "call must be a function without arguments, got Tensor; write lambda: ..."):
+        peak_bytes(torch.ones(3), "cpu")
+
+
 def test_memory_that_was_there_before_does_not_count():
     x = torch.ones(1000, 256)
     old = [x.neg(), x.neg()]
@@ -400,6 +480,7 @@ def test_the_worst_moment_counts_and_not_the_last():
 
 def test_cuda_is_asked_for_its_peak_beyond_what_was_there(monkeypatch):
     asked = []
+    monkeypatch.setattr(instruments, "pick_device", torch.device)
     monkeypatch.setattr(instruments, "synchronize", lambda device: asked.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

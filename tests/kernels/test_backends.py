@@ -654,7 +654,7 @@ class TestBadOptions:
             (torch.zeros(s.g), ValueError, "(6,)"),
             (torch.zeros(s.h, 1), ValueError, "(6, 1)"),
             (torch.zeros(s.h, dtype=torch.long), TypeError, "floating"),
-            (0.0, TypeError, "tensor"),
+            (0.0, TypeError, "torch.Tensor"),
             (torch.zeros(s.h, device="meta"), ValueError, "meta"),
         ],
         ids=str,

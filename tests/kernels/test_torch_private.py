@@ -79,6 +79,15 @@ def test_tensor_is_view_tells_views():
     assert not torch_private.is_view(x) and not torch_private.is_view(x + 1)
 
 
+def test_torch_current_graph_task_id_tells_a_backward_pass():
+    "If torch._C._current_graph_task_id moves: caches notice no call that activation checkpointing runs again."
+    x, found = torch.ones(3, requires_grad=True), []
+    y = x * 2
+    y.register_hook(lambda grad: found.append(torch_private.in_backward()))
+    y.sum().backward()
+    assert found == [True] and not torch_private.in_backward()
+
+
 def test_module_buffers_are_written_through():
     "If Module._buffers moves: gradient_report leaves a module other buffers than it found."
     module = nn.Sequential(nn.BatchNorm1d(3))

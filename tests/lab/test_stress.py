@@ -490,7 +490,7 @@ def test_the_screen_is_told_how_far_it_is(monkeypatch, capsys, fast):
             self.text += text
 
     screen = Screen()
-    monkeypatch.setattr(cli.sys, "stderr", screen)
+    monkeypatch.setattr("sys.stderr", screen)
     main(LINE)
     assert "3 of 8 done, about 0 min left" in screen.text and screen.text.endswith("\r\033[K")
 

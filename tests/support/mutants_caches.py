@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from mha_book.plugs import cache as module
-from mha_book.plugs.cache import Call, KVCache, Slots
-from mha_book.plugs.paged import BlockPool, PagedCache, Tables
+from mha_book.plugs.cache import Call, KVCache, Slots, take_slots
+from mha_book.plugs.paged import BlockPool, PagedCache, Rows, Tables, flat
 
 
 @dataclass(frozen=True)
@@ -263,11 +263,11 @@ def copied(change):
 
 
 def without_values(pool, block, copy):
-    pool.v[copy * pool.block_size : (copy + 1) * pool.block_size] = 0
+    pool.v[:, copy] = 0
 
 
 def counted_twice(pool, block, copy):
-    pool.counts[block] += 1
+    pool.more[block] += 1
 
 
 def reorders(early=False, late=True, share=True, first=False):
@@ -275,14 +275,15 @@ def reorders(early=False, late=True, share=True, first=False):
 
     def make(right):
         def wrong(self, rows):
-            old, pool = self.tables, self.pool
+            old, lengths, pool = self.tables, self.lengths, self.pool
             if early:
-                [pool.release(block) for block in sum(old, [])]
-            chosen = [old[rows[0] if first else row] for row in rows]
-            self.tables = [[pool.share(b) if share else b for b in table] for table in chosen]
-            self.lengths = [self.lengths[row] for row in rows]
+                pool.release(flat(old))
+            new = [old[rows[0] if first else row] for row in rows]
+            if share:
+                pool.share(flat(new))
             if late and not early:
-                [pool.release(block) for block in sum(old, [])]
+                pool.release(flat(old))
+            self.set(new, [lengths[row] for row in rows])
 
         return wrong
 
@@ -293,78 +294,87 @@ def same_lengths(right):
     def wrong(self, rows):
         longest = max(self.lengths)
         right(self, rows)
-        self.lengths = [longest] * len(rows)
+        self.set(self.tables, [longest] * len(rows))
 
     return wrong
 
 
-def a_block_too_few(tables):
-    for table, length in zip(tables.tables, tables.lengths):
-        if length % tables.pool.block_size == 1:
-            tables.pool.release(table.pop())
+def a_block_too_few(right):
+    def wrong(self, call, longest):
+        before = self.table.shape[1], self.pool.left
+        right(self, call, longest)
+        if self.pool.left < before[1] and not self.shared:
+            self.pool.left += 1
+
+    return wrong
 
 
-def a_block_too_many(tables):
-    for table, length in zip(tables.tables, tables.lengths):
-        if length and length % tables.pool.block_size == 0:
-            table.append(tables.pool.take())
+def a_block_too_many(right):
+    def wrong(self, call, longest):
+        right(self, call, longest)
+        if longest and longest % self.pool.block_size == 0 and self.pool.left:
+            self.pool.take(1)
+
+    return wrong
 
 
 def from_one(right):
-    def wrong(self):
-        slots, size = right(self), self.pool.block_size
-        return slots // size * size + (slots + 1) % size
+    def wrong(self, place):
+        slots, size = right(self, place), self.pool.block_size
+        return slots // size * size + (slots + 1) % size if place.shape[1] > 1 else slots
 
     return wrong
 
 
-def blocks_left(right):
-    def wrong(self):
-        slots, lengths = right(self), torch.tensor(self.lengths)
-        place = torch.arange(slots.shape[1]) + (slots.shape[1] - lengths)[:, None]
-        return slots.gather(1, place.clamp(max=max(0, slots.shape[1] - 1)))
+def rows_left(right):
+    def wrong(self, length, added=0):
+        shown = right(self, length, added)
+        if not self.ragged:
+            return shown
+        shift = (length - added - self.seen)[:, None] + torch.arange(length)
+        return [take_slots(t, shift.clamp(0, max(length - 1, 0))) for t in shown]
 
     return wrong
 
 
 def keeps_padding(right):
     def wrong(self):
-        if self._pending is not None and self._pending[1] is not None:
-            added, mask, *new = self._pending
-            first = torch.arange(mask.numel()).view(mask.shape) < sum(added)
-            self._pending = added, first, *new
+        if self._pending is not None and self._pending[2] is not None and self._pending[2][2] is not None:
+            call, longest, (k, v, mask) = self._pending
+            first = torch.arange(mask.shape[1]) < call.added[:, None]
+            self._pending = call, longest, (k, v, first)
         right(self)
 
     return wrong
 
 
-def forgets_copies(right):
-    def wrong(self, added):
-        counts = self.pool.counts
-        self.pool.counts = [min(count, 1) for count in counts]
-        try:
-            right(self, added)
-        finally:
-            self.pool.counts = counts
+def without(name, value):
+    "The right method with an attribute of the tables set to something else first."
 
-    return wrong
+    def make(right):
+        def wrong(self, *args):
+            setattr(self, name, value)
+            return right(self, *args)
+
+        return wrong
+
+    return make
 
 
 def a_copy_for_each(right):
-    def wrong(self, added):
-        pool, size, needed = self.pool, self.pool.block_size, 0
-        for table, length, count in zip(self.tables, self.lengths, added):
-            needed += -(-(length + count) // size) - len(table)
-            needed += bool(count and length % size and pool.counts[table[-1]] > 1)
-        if needed > len(pool.free):
-            raise ValueError(f"pool full: {len(pool.free)} of {len(pool.counts)} blocks free, and {needed} needed")
+    def wrong(self, call, longest):
+        shared = self.shared
+        self.shared = False
+        new = right(self, call, longest)
+        self.shared = shared
+        return new + sum(self.pool.more[block] > 0 for _, block in self.writers(call)) * shared
 
     return wrong
 
 
 def looks_once(right):
     def wrong(self):
-        self.blocks.check_room = lambda added: None
+        self.blocks.check_room = lambda *args: None
         try:
             right(self)
         finally:
@@ -374,28 +384,26 @@ def looks_once(right):
 
 
 def gives_nothing_back(self):
-    self.blocks.tables, self.blocks.lengths = [[] for _ in self.tables], [0] * len(self.tables)
+    self.blocks.set([[]] * len(self.seen), [0] * len(self.seen))
     self._pending = None
 
 
 def crops_lengths_only(self, lengths):
-    self.lengths = lengths
+    self.set(self.tables, lengths)
 
 
 def crops_a_block_too_many(self, lengths):
-    for table, length in zip(self.tables, lengths):
-        while len(table) * self.pool.block_size > length:
-            self.pool.release(table.pop())
-    self.lengths = lengths
+    kept = [table[: length // self.pool.block_size] for table, length in zip(self.tables, lengths)]
+    self.pool.release(flat(old[len(few) :] for old, few in zip(self.tables, kept)))
+    self.set([few + [0] * (-(-n // self.pool.block_size) - len(few)) for few, n in zip(kept, lengths)], lengths)
 
 
 def crops_shared_blocks(self, lengths):
-    for table, length in zip(self.tables, lengths):
-        while (len(table) - 1) * self.pool.block_size >= length and table:
-            block = table.pop()
-            self.pool.counts[block] = 0
-            self.pool.free.append(block)
-    self.lengths = lengths
+    few = [table[: -(-length // self.pool.block_size)] for table, length in zip(self.tables, lengths)]
+    for block in set(flat(old[len(kept) :] for old, kept in zip(self.tables, few))):
+        self.pool.more[block] = 0
+        self.pool.release([block])
+    self.set(few, lengths)
 
 
 def instead(wrong):
@@ -411,16 +419,17 @@ BLOCKS = {
     "a fork that is not counted": Mutant(Tables, "reorder", reorders(share=False)),
     "one table for all forks": Mutant(Tables, "reorder", reorders(first=True)),
     "lengths stay behind": Mutant(Tables, "reorder", same_lengths),
-    "a block too few": Mutant(Tables, "extend", after(a_block_too_few)),
-    "a block too many": Mutant(Tables, "extend", after(a_block_too_many)),
-    "places within the block from 1": Mutant(Tables, "slots", from_one),
-    "rows aligned at the left": Mutant(Tables, "slots", blocks_left),
+    "a block too few": Mutant(Rows, "extend", a_block_too_few),
+    "a block too many": Mutant(Rows, "extend", a_block_too_many),
+    "places within the block from 1": Mutant(Tables, "slots_of", from_one),
+    "rows aligned at the left": Mutant(Rows, "read", rows_left),
     "padding is kept": Mutant(PagedCache, "commit", keeps_padding),
     "committed at once": Mutant(PagedCache, "append", after(lambda cache: cache.commit())),
-    "does not know that it is full": Mutant(Tables, "check_room", instead(lambda self, added: None)),
-    "forgets the copies": Mutant(Tables, "check_room", forgets_copies),
-    "counts a copy for each": Mutant(Tables, "check_room", a_copy_for_each),
+    "does not know that it is full": Mutant(Rows, "check_room", instead(lambda self, call, longest: None)),
+    "forgets the copies": Mutant(Rows, "needed", without("shared", False)),
+    "counts a copy for each": Mutant(Rows, "needed", a_copy_for_each),
     "does not look again": Mutant(PagedCache, "commit", looks_once),
+    "takes a shared block for its own": Mutant(Tables, "lay_out", without("shared", False)),
     "appended and forgotten by nobody": Mutant(PagedCache, "reorder", keeps_pending),
     "reset gives nothing back": Mutant(PagedCache, "reset", instead(gives_nothing_back)),
     "crop gives nothing back": Mutant(Tables, "crop", instead(crops_lengths_only)),

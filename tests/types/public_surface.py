@@ -11,6 +11,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ContextCache,
     Dialect,
     Finish,
     HeadLayout,
@@ -46,7 +47,7 @@ tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
-caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2)]
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
 
 # the layer
 layout = HeadLayout(4, 2, 16)
