@@ -317,20 +317,15 @@ def convert_bert(
     """The same numbers under our names:
     q's rows, then k's, then v's become the one matrix `in_proj`.
 
-    Raises ValueError for a weight that is missing, TypeError for what is no tensor.
+    Raises KeyError with the name of a weight that is missing, TypeError for what is no
+    tensor.
     """
-    ours = {}
-    for name, parts in bert_names(num_layers).items():
-        for kind in ("weight", "bias"):
-            theirs = [f"{part}.{kind}" for part in parts]
-            if kind == "bias" and not any(part in state for part in theirs):
-                continue    # a table has none
-            for part in theirs:
-                if part not in state:
-                    raise ValueError(f"{part} is missing")
-                check_tensor(part, state[part])
-            ours[f"{name}.{kind}"] = torch.cat([state[part] for part in theirs])
-    return ours
+    for name, tensor in state.items():
+        check_tensor(name, tensor)
+    # a table has no bias
+    return {f"{name}.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts])
+            for name, parts in bert_names(num_layers).items() for kind in ("weight", "bias")
+            if kind == "weight" or f"{parts[0]}.bias" in state}
 
 # %% ../../nbs/21_pretrained.ipynb #tokenizer-code
 def load_tokenizer(

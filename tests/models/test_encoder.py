@@ -26,10 +26,9 @@ QUERY = "encoder__layer__0__attention__self__query__"
     [
         (state(**{QUERY + "weight": np.ones((6, 6), "f")}), TypeError, ["query.weight", "numpy", "from_numpy"]),
         (state(**{QUERY + "bias": [1.0]}), TypeError, ["query.bias", "list"]),
-        (state(**{QUERY + "weight": None}), ValueError, ["query.weight is missing"]),
-        (state(**{QUERY + "bias": None}), ValueError, ["query.bias is missing"]),
-        (state(**{QUERY.replace("query", "value") + "bias": None}), ValueError, ["value.bias is missing"]),
-        (state(embeddings__word_embeddings__weight=None), ValueError, ["word_embeddings.weight is missing"]),
+        (state(**{QUERY + "weight": None}), KeyError, ["query.weight"]),
+        (state(**{QUERY.replace("query", "value") + "bias": None}), KeyError, ["value.bias"]),
+        (state(embeddings__word_embeddings__weight=None), KeyError, ["word_embeddings.weight"]),
     ],
 )
 def test_weights_that_are_missing_or_no_tensors(weights, error, words):
