@@ -6,10 +6,13 @@ and with MHA_LIBRARIES_REQUIRED=1 they fail.
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from mha_book import (
@@ -20,6 +23,7 @@ from mha_book import (
     RoPENTKScaling,
     RoPEYaRNScaling,
     causal_mask,
+    rotate_by_tables,
 )
 from mha_book.bench import suites, suites_language
 from mha_book.heads.dialects import DIALECTS, Dialect, convert_weights, from_state_dict
@@ -58,9 +62,9 @@ def fill(parameters):
         torch.nn.init.normal_(parameter, std=0.3)
 
 
-def assert_close(got, wanted):
+def assert_close(got, wanted, atol=1e-10):
     "The same to 1e-10, and something to compare."
-    torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+    torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
     assert wanted.abs().max() > 0.1
 
 
@@ -101,6 +105,10 @@ class Model:
     reads: str = ""  # which module gets the input, below the prefix
     gives: str = ""  # which one gives the output
     config_kind: str = ""
+    ignore: tuple[str, ...] = ()  # what stands beside the projections and belongs elsewhere
+    qk_norm: Callable | None = None  # norms of queries and keys, which are carried
+    atol: float = 1e-10
+    norms = property(lambda self: ("q_norm", "k_norm") if self.qk_norm else ())
 
     def build(self, **config):
         transformers = library("transformers")
@@ -112,19 +120,23 @@ class Model:
         fill(model.parameters())
         return model
 
-    def weights(self, model):
-        "All that the model holds, but for the norm that BERT keeps beside its attention."
-        return {name: tensor for name, tensor in model.state_dict().items() if "attention.output.LayerNorm" not in name}
-
     def layer(self, model):
         return from_state_dict(
-            self.weights(model), self.heads, self.dialect, prefix=self.prefix, position=self.position
+            model.state_dict(),
+            self.heads,
+            self.dialect,
+            prefix=self.prefix,
+            ignore=self.ignore,
+            qk_norm=self.qk_norm,
+            position=self.position,
         )
 
     def write(self, layer, model):
         "This layer's weights under the names of the model, whose attention they replace."
         own = DIALECTS[self.dialect] if isinstance(self.dialect, str) else self.dialect
-        written = convert_weights(layer.state_dict(), "stacked", replace(own, names=self.names), self.heads)
+        state = layer.state_dict()
+        written = convert_weights(state, "stacked", replace(own, names=self.names), self.heads, ignore=self.norms)
+        written |= {f"{name}.weight": state[f"{name}.weight"] for name in self.norms}
         written = {self.prefix + name: tensor for name, tensor in written.items()}
         theirs = model.state_dict()
         absent = set(written) - set(theirs)
@@ -188,6 +200,7 @@ MODELS = {
         causal=False,
         reads="self",
         gives="output.dense",
+        ignore=("output.LayerNorm",),
     ),
     "GPT-NeoX": Model(
         "GPTNeoXModel", EQUAL, "interleaved", FUSED, "layers.0.attention.", sizes(rope_parameters=HALF), Rotary(4)
@@ -209,6 +222,17 @@ MODELS = {
         "layers.0.self_attn.",  # no bias of the output
         sizes(num_key_value_heads=s.g),
         Rotary(s.d),
+    ),
+    "Qwen3": Model(
+        "Qwen3Model",
+        GROUPED,
+        "separate",
+        SPLIT,
+        "layers.0.self_attn.",
+        sizes(num_key_value_heads=s.g, head_dim=s.d),
+        Rotary(s.d),
+        qk_norm=partial(nn.RMSNorm, eps=1e-6),
+        atol=1e-6,  # their norm is taken in float32
     ),
     "Whisper": Model(
         "WhisperDecoder",
@@ -253,7 +277,7 @@ EVERY_MODEL = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
 def test_their_weights_give_their_outputs(case):
     model = case.build()
     x, y = case.asked(model)
-    assert_close(case.layer(model)(x, is_causal=case.causal), y)
+    assert_close(case.layer(model)(x, is_causal=case.causal), y, case.atol)
 
 
 @EVERY_MODEL
@@ -265,11 +289,14 @@ def test_our_weights_give_our_outputs_there(case):
         for parameter in layer.parameters():
             parameter.mul_(torch.randn_like(parameter))  # what was 0, for the library has no such bias, remains 0
     expected = {
-        name for name in model.state_dict() for own in case.names.values() if name.startswith(f"{case.prefix}{own}.")
+        name
+        for name in model.state_dict()
+        for own in (*case.names.values(), *case.norms)
+        if name.startswith(f"{case.prefix}{own}.")
     }
     assert case.write(layer, model) == expected
     x, y = case.asked(model)
-    assert_close(layer(x, is_causal=case.causal), y)
+    assert_close(layer(x, is_causal=case.causal), y, case.atol)
     assert not torch.allclose(before, y)
 
 
@@ -281,7 +308,7 @@ def test_the_dialect_of_a_fused_tensor_is_found(case):
     model = case.build()
     x, y = case.asked(model)
     errors = guess_dialect(
-        case.weights(model), case.heads, x, y, prefix=case.prefix, is_causal=case.causal, position=case.position
+        model.state_dict(), case.heads, x, y, prefix=case.prefix, is_causal=case.causal, position=case.position
     )
     _, g, _ = case.heads
     same = {name for name in errors if g == 1 or DIALECTS[name].order == DIALECTS[case.dialect].order}
@@ -342,6 +369,30 @@ def test_queries_and_keys_are_turned_as_theirs():
     for ours, wanted, wrong in zip(rope(q, k, offset=3), theirs, RoPE(64, pairing="interleaved")(q, k, offset=3)):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
         assert not torch.allclose(wrong, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_their_tables_turn_as_they_turn(width):
+    "Cosines and sines of any places, as they hand them from layer to layer; with a part of each head too."
+    llama, phi = (library(f"transformers.models.{name}.modeling_{name}") for name in ("llama", "phi"))
+    config = llama_config(10_000.0, 64, rope_type="default", partial_rotary_factor=width)
+    q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
+    places, turns = torch.randint(300, (2, 9)), int(64 * width)
+    table = llama.LlamaRotaryEmbedding(config) if width == 1 else phi.PhiRotaryEmbedding(config)
+    cos, sin = table(q, places)
+    assert cos.shape == (2, 9, turns)
+    wanted = [
+        torch.cat([turned, t[..., turns:]], -1)
+        for t, turned in zip((q, k), llama.apply_rotary_pos_emb(q[..., :turns], k[..., :turns], cos, sin))
+    ]
+    whole_cos, whole_sin = table(q, torch.arange(300)[None])
+    for given in (
+        dict(cos=cos, sin=sin),
+        dict(cos=whole_cos[0], sin=whole_sin[0], position_ids=places),
+        dict(cos=whole_cos[0, :, : turns // 2], sin=whole_sin[0, :, : turns // 2], position_ids=places),
+    ):
+        for ours, want in zip(rotate_by_tables(q, k, **given, rotary_dim=turns), wanted):
+            torch.testing.assert_close(ours, want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

@@ -266,9 +266,11 @@ def _axes(dialect: Dialect, parts: str, kind: str) -> str:
 
 # %% ../../nbs/04a_layouts.ipynb #names
 _ALIASES = {
-    "q": "q_proj query self.query to_q Wq wq linear_q Q q in_proj attn_q",
-    "k": "k_proj key self.key to_k Wk wk linear_k K k attn_k",
-    "v": "v_proj value self.value to_v Wv wv linear_v V v attn_v",
+    "q": "q_proj query self.query to_q Wq wq linear_q Q q in_proj attn_q in_proj.q_proj",
+    "k": "k_proj key self.key to_k Wk wk linear_k K k attn_k in_proj.k_proj "
+         "context_proj.k_proj",
+    "v": "v_proj value self.value to_v Wv wv linear_v V v attn_v in_proj.v_proj "
+         "context_proj.v_proj",
     "kv": "kv_proj key_value to_kv Wkv linear_kv context_proj",
     "kqv": "in_proj qkv qkv_proj Wqkv c_attn query_key_value linear_qkv to_qkv",
     "o": "out_proj o_proj out dense c_proj proj linear_proj to_out Wo wo O o "

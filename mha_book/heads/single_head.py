@@ -226,6 +226,8 @@ def check_offset(
     tokens: Tensor,                   # whose first axis is the batch
 ) -> None:
     "Raise TypeError or ValueError unless `offset` is an int, or a tensor of ints, one a row."
+    if type(offset) is int and -2**62 < offset < 2**62:
+        return
     if isinstance(offset, Tensor):
         check_whole("offset", offset)
         if offset.shape != tokens.shape[:1] or offset.device != tokens.device:

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..heads.layer import MultiHeadAttention
-from ..heads.single_head import is_number, is_whole
+from ..heads.layer import MultiHeadAttention, check_key_mask
+from ..heads.single_head import check_tensor, is_number, is_whole
 from ..instruments.device import pick_device
 
 # %% ../../nbs/21_pretrained.ipynb #model-dir
@@ -316,14 +316,16 @@ def convert_bert(
 ) -> dict[str, Tensor]:          # ours
     """The same numbers under our names:
     q's rows, then k's, then v's become the one matrix `in_proj`.
+
+    Raises KeyError with the name of a weight that is missing, TypeError for what is no
+    tensor.
     """
-    ours = {}
-    for name, parts in bert_names(num_layers).items():
-        for kind in ("weight", "bias"):
-            if f"{parts[0]}.{kind}" in state:
-                stacked = torch.cat([state[f"{part}.{kind}"] for part in parts])
-                ours[f"{name}.{kind}"] = stacked
-    return ours
+    for name, tensor in state.items():
+        check_tensor(name, tensor)
+    # a table has no bias
+    return {f"{name}.{kind}": torch.cat([state[f"{part}.{kind}"] for part in parts])
+            for name, parts in bert_names(num_layers).items() for kind in ("weight", "bias")
+            if kind == "weight" or f"{parts[0]}.bias" in state}
 
 # %% ../../nbs/21_pretrained.ipynb #tokenizer-code
 def load_tokenizer(
@@ -404,7 +406,8 @@ def mean_pool(
     x: Float[Tensor, "b n e"],
     key_mask: Bool[Tensor, "b n"],    # True = a real token
 ) -> Float[Tensor, "b e"]:
-    "The mean of each row's real tokens."
+    "The mean of each row's real tokens. Raises TypeError or ValueError for another mask."
+    check_key_mask(key_mask, x)
     weight = key_mask.unsqueeze(-1).to(x.dtype)
     return (x * weight).sum(1) / weight.sum(1)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
 from mha_book.heads.single_head import (
+    check_additions,
     check_count,
     check_flag,
     check_floats,
@@ -99,40 +100,44 @@ class LearnedPositions(nn.Module):
         gets the row of place 0. On a GPU, outside `torch.compile`, it waits once for the
         device to learn the last place of a tensor `offset`.
         """
-        self._check_tokens(x, offset)
-        places, per_row = torch.arange(x.shape[1], device=x.device), isinstance(offset, Tensor)
+        weight, n = self.weight, x.shape[1] if isinstance(x, Tensor) and x.dim() == 3 else None
+        if n is None or x.shape[2] != weight.shape[1] or x.device != weight.device \
+                or not x.is_floating_point():
+            _refuse_tokens(x, weight)
+        check_offset(offset, x)
+        places, per_row = torch.arange(n, device=x.device), isinstance(offset, Tensor)
         if not per_row:
-            self._check_end(offset, x.shape[1])
+            _check_end(offset, n, weight)
         elif not (offset.device.type in ("cpu", "meta") or torch.compiler.is_compiling()):
-            self._check_end(int(offset.max()), x.shape[1])
+            _check_end(int(offset.max()), n, weight)
         places = places + (offset[:, None] if per_row else offset)
         try:
-            rows = F.embedding(places.clamp(min=0), self.weight)
+            rows = F.embedding(places.clamp(min=0), weight)
         except IndexError:    # a CPU looks for itself
-            self._check_end(int(offset.max()), x.shape[1])
+            _check_end(int(offset.max()), n, weight)
             raise
-        return (x + rows).to(x.dtype)
+        y = x + rows
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _check_end(self, first: int, n: int) -> None:
-        "Refuse n tokens from place `first` on where the table is shorter."
-        if first + n > len(self.weight):
-            raise ValueError(f"{n} tokens from place {first} on end at place {first + n - 1}, "
-                             f"but the table has {len(self.weight)} places, 0 to "
-                             f"{len(self.weight) - 1}: a larger max_len= has to be trained, "
-                             f"or the text cut")
+# %% ../../nbs/14a_positions.ipynb #learned-checks
+def _check_end(first: int, n: int, table: Tensor) -> None:
+    "Refuse n tokens from place `first` on where the table is shorter."
+    if first + n > len(table):
+        raise ValueError(f"{n} tokens from place {first} on end at place {first + n - 1}, but "
+                         f"the table has {len(table)} places, 0 to {len(table) - 1}: a larger "
+                         f"max_len= has to be trained, or the text cut")
 
-    def _check_tokens(self, x: Tensor, offset: int | Tensor) -> None:
-        "Shape, dtype and device of the tokens, and what says where they stand."
-        check_tensor("x", x)
-        if x.dim() != 3 or x.shape[2] != self.weight.shape[1]:
-            raise ValueError(f"x has shape {tuple(x.shape)}; "
-                             f"needed: (batch, length, {self.weight.shape[1]})")
-        if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}; places are added to embeddings")
-        if x.device != self.weight.device:
-            raise ValueError(f"device differs: x {x.device}, table {self.weight.device}; "
-                             f"move with x.to({str(self.weight.device)!r})")
-        check_offset(offset, x)
+
+def _refuse_tokens(x: Tensor, table: Tensor) -> None:
+    "Raise for tokens that do not fit the table: kind, shape, dtype or device."
+    check_tensor("x", x)
+    if x.dim() != 3 or x.shape[2] != table.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; "
+                         f"needed: (batch, length, {table.shape[1]})")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; places are added to embeddings")
+    raise ValueError(f"device differs: x {x.device}, table {table.device}; "
+                     f"move with x.to({str(table.device)!r})")
 
 # %% ../../nbs/14a_positions.ipynb #distances
 def distances(
@@ -225,7 +230,7 @@ class RelativeBias(nn.Module):
         "Attend with the bias, and `bias` if given. ValueError for another number of heads."
         _check_heads(q, self.weight.shape[1], "biases")
         own = self.bias(q.shape[2], k.shape[2])
-        return self.attend(q, k, v, **_with_bias(options, own))
+        return self.attend(q, k, v, **_with_bias(options, own, q, k))
 
 
 def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
@@ -235,11 +240,11 @@ def _check_heads(q: Tensor, num_heads: int, what: str) -> None:
                          f"counts query heads")
 
 
-def _with_bias(options: AttendOptions, own: Tensor) -> AttendOptions:
+def _with_bias(options: AttendOptions, own: Tensor, q: Tensor, k: Tensor) -> AttendOptions:
     "The options with a plug's own bias, to which a given one is added."
     given = options.get("bias")
     if given is not None:
-        check_floats("bias", given, ". True = may look goes to mask=")
+        check_additions(None, given, (*q.shape[:3], k.shape[2]), q.device)
     return {**options, "bias": own if given is None else own + given}
 
 # %% ../../nbs/14a_positions.ipynb #slopes
@@ -300,4 +305,4 @@ class ALiBi(nn.Module):
         _check_heads(q, len(self.slopes), "slopes")
         dtype = float32_at_least(q.dtype)
         own = self.bias(q.shape[2], k.shape[2], q.device, dtype)
-        return self.attend(q, k, v, **_with_bias(options, own))
+        return self.attend(q, k, v, **_with_bias(options, own, q, k))

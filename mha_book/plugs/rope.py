@@ -120,7 +120,9 @@ class RoPE:
         places: Int[Tensor, "*batch n"],      # where tokens stand
         dtype: torch.dtype = torch.float32,   # of the angles
     ) -> Float[Tensor, "*batch n w"]:         # w = rotary_dim, signed as `each_number` does
-        "place · frequency, for each number that turns."
+        "place · frequency, for each number that turns. TypeError for places with fractions."
+        if getattr(places, "dtype", None) is not torch.int64:
+            check_whole("places", places)
         turns = torch.tensor(self._turns, dtype=dtype, device=places.device)
         return places.to(dtype)[..., None] * turns
 
@@ -144,13 +146,13 @@ class RoPE:
         return self._turn(q, angles), self._turn(k, of_keys)
 
     def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
-        angles = _beside(angles, x)
+        angles = angles if type(x) is Tensor else _beside(angles, x)
         return rotate_pairs(x.to(angles.dtype), angles, self.pairing, self.magnitude)
 
 # %% ../../nbs/14b_rope.ipynb #beside
 def _beside(table: Tensor, x: Tensor) -> Tensor:
     "The table as it is; where `x` is a DTensor, as one of which every device has all."
-    if type(x) is Tensor or "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules:
         return table
     from torch.distributed.tensor import DTensor, Replicate
     if not isinstance(x, DTensor) or isinstance(table, DTensor):
@@ -182,22 +184,26 @@ def _check_rope(rope: RoPE) -> None:
 # %% ../../nbs/14b_rope.ipynb #checks-call
 def _check_turned(rope: RoPE, q: Tensor, k: Tensor, offset: int | Tensor) -> None:
     "The tensors of a call, before anything is turned."
-    for name, t in (("query", q), ("key", k)):
-        if t.dim() != 4 or t.shape[3] != rope.head_dim:
-            raise ValueError(f"{name} of shape {tuple(t.shape)}; RoPE(head_dim="
-                             f"{rope.head_dim}) needs batch, heads, length, {rope.head_dim}")
-    _check_pair(q, k)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor)):
+        check_tensor("query", q)
+        check_tensor("key", k)
+    of_q, of_k, d = q.shape, k.shape, rope.head_dim
+    if not len(of_q) == len(of_k) == 4 or not of_q[3] == of_k[3] == d:
+        name, shape = ("key", of_k) if len(of_q) == 4 and of_q[3] == d else ("query", of_q)
+        raise ValueError(f"{name} of shape {tuple(shape)}; RoPE(head_dim={d}) needs "
+                         f"batch, heads, length, {d}")
+    _check_pair(q, k, of_q[0], of_k[0])
     check_offset(offset, q)
 
 
-def _check_pair(q: Tensor, k: Tensor) -> None:
+def _check_pair(q: Tensor, k: Tensor, b: int, b_of_k: int) -> None:
     "What queries and keys must have in common before they are turned."
-    for name, t in (("query", q), ("key", k)):
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}; what turns is floating point")
-    if len(q) != len(k) or q.device != k.device:
-        raise ValueError(f"batch or device differs: query {len(q)} on {q.device}, "
-                         f"key {len(k)} on {k.device}")
+    if b != b_of_k or q.device != k.device:
+        raise ValueError(f"batch or device differs: query {b} on {q.device}, "
+                         f"key {b_of_k} on {k.device}")
+    if not (q.is_floating_point() and k.is_floating_point()):
+        name, t = ("key", k) if q.is_floating_point() else ("query", q)
+        raise TypeError(f"{name} has dtype {t.dtype}; what turns is floating point")
 
 # %% ../../nbs/14b_rope.ipynb #tables
 def rotate_by_tables(
@@ -221,6 +227,8 @@ def rotate_by_tables(
     Raises TypeError or ValueError for what does not fit, and for places beyond the table:
     on a GPU, whose numbers it does not wait for, ids beyond it are the device's own error.
     """
+    check_tensor("query", q)
+    check_tensor("key", k)
     turns = q.shape[-1] if rotary_dim is None else rotary_dim
     _check_tables(q, k, cos, sin, offset, position_ids, turns, pairing)
     n, m, dtype = q.shape[2], k.shape[2], float32_at_least(q.dtype, k.dtype, cos.dtype)
@@ -259,7 +267,7 @@ def _check_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | 
     if not q.dim() == k.dim() == 4 or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
         raise ValueError(f"query of shape {tuple(q.shape)}, key of shape {tuple(k.shape)}; "
                          f"needed: batch, heads, length, width, and no more queries than keys")
-    _check_pair(q, k)
+    _check_pair(q, k, len(q), len(k))
     check_offset(offset, q)
     check_count("rotary_dim", turns)
     if turns % 2 or turns > q.shape[3]:

@@ -417,6 +417,19 @@ def turned(device, options):
 
 
 enter("RoPE", turned, ROPES)
+
+
+def turned_by_tables(device, options):
+    angles = torch.randn(2 * s.m, s.d // 2, device=device, dtype=torch.float64)
+    tables = dict(cos=angles.cos(), sin=angles.sin())
+    tables |= dict(position_ids=torch.arange(s.n, device=device)[None]) if options else {}
+    layer = layer_of(device, position=partial(mha_book.rotate_by_tables, **tables))
+    y = layer(tokens(device), is_causal=True)
+    y.sum().backward()
+    return y, [p.grad for p in layer.parameters()]
+
+
+enter("rotate_by_tables", turned_by_tables, {"by place": False, "by ids": True})
 enter(
     "RelativeBias, ALiBi",
     held,

@@ -21,6 +21,7 @@ from mha_book.heads.dialects import (
     from_state_dict,
     interleave_pairs,
 )
+from mha_book.heads.head_counts import separate_projections
 from mha_book.heads.masks import from_torch, to_torch
 from mha_book.heads.single_head import plain_attention
 from mha_book.heads.which_dialect import fitting_dialects, guess_dialect
@@ -458,6 +459,15 @@ def test_a_layer_read_from_its_own_weights_is_the_same_layer(context_dim, dialec
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model["mha"].state_dict().items())
     model["mha"].in_proj.weight.data.fill_(0)
     assert again.in_proj.weight.abs().min() > 0  # its own memory
+
+
+@pytest.mark.parametrize("context_dim", [None, 11])
+def test_a_layer_whose_parts_stand_apart_is_read_as_separate(context_dim):
+    layer = MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, context_dim=context_dim)
+    apart = separate_projections(layer)
+    again = from_state_dict(named("a.", apart.state_dict()), GROUPED, "separate", prefix="a.")
+    x, context = torch.randn(s.b, s.n, s.e), torch.randn(s.b, s.m, context_dim or s.e)
+    assert torch.equal(again(x, context), layer(x, context))
 
 
 def test_plugs_go_into_their_sockets():

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,6 +190,30 @@ class TestBadMasks:
         with refused(error, *words):
             convert_mask(mask, source, "mha_book", self.SHAPE)
         assert torch.equal(mask.nan_to_num(5.0), before.nan_to_num(5.0))
+
+    @pytest.mark.parametrize(
+        "arguments, error, words",
+        [
+            (dict(mask=np.ones((5, 7), bool)), TypeError, ["mask", "numpy.ndarray", "from_numpy"]),
+            (dict(mask=[[True] * 7] * 5), TypeError, ["mask", "list"]),
+            (dict(mask=None), TypeError, ["mask", "NoneType"]),
+            (dict(mask=True), TypeError, ["mask", "bool"]),
+            (dict(mask=torch.ones(5, 7, dtype=torch.bool, device="meta")), ValueError, ["mask", "meta"]),
+            (dict(mask=torch.ones(2, 7) * 1j, source="transformers_padding"), TypeError, ["complex64"]),
+            (dict(source=None), TypeError, ["MASK_DIALECTS", "None"]),
+            (dict(target=["keras"]), TypeError, ["MASK_DIALECTS", "['keras']"]),
+            (dict(shape=None), ValueError, ["four ints", "None"]),
+            (dict(shape=(2, 6, 5, 7.0)), ValueError, ["four ints", "7.0"]),
+            (dict(shape=(2, 6, 5, True)), ValueError, ["four ints", "True"]),
+            (dict(shape=(2, 6, 5, -7)), ValueError, ["four ints", "-7"]),
+            (dict(dtype=torch.int32), TypeError, ["dtype", "int32"]),
+            (dict(dtype="float32"), TypeError, ["dtype", "'float32'"]),
+        ],
+    )
+    def test_arguments_of_another_type(self, arguments, error, words):
+        given = dict(mask=torch.ones(5, 7) > 0, source="sdpa", target="sdpa_added", shape=self.SHAPE) | arguments
+        with refused(error, *words):
+            convert_mask(**given)
 
     def test_targets_that_do_not_exist(self):
         with refused(ValueError, "'jax'", *MASK_DIALECTS):

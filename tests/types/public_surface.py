@@ -1,5 +1,7 @@
 """Every public name, as a type checker sees it: plugs fit their sockets, and calls give what they say."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,8 @@ attends: list[Attend] = [
     mha_book.ExtraKeys(4, 8),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
-positions: list[Position] = [RoPE(16), *(RoPE(16, frequencies=scaling) for scaling in scalings)]
+tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
+positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
 caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
