@@ -384,12 +384,12 @@ def cut_heads(layer: StackedProjections, name: str, y: Tensor) -> tuple[Tensor, 
         parts = y.split_with_sizes([c * width for c, width in zip(counts, widths)], -1)
         return tuple(torch.unflatten(part, -1, (c, width)).transpose(1, 2)
                      for part, c, width in zip(parts, counts, widths))
-    except RuntimeError:
-        raise ValueError(
-            f"{name} gives {y.shape[-1]} numbers a token, which are not the heads of "
-            f"{layer.layout}: a stacked matrix cannot be cut between devices as one; cut each "
-            f"part of separate_projections(layer) between heads, and set layer.layout to the "
-            f"heads that are left on a device") from None
+    except RuntimeError as error:
+        rows = sum(c * layer.layout.width(p) for p, c in zip(layer.parts()[name], counts))
+        raise (error if y.shape[-1] == rows else ValueError(
+            f"{name} gives {y.shape[-1]} numbers a token, and its heads have {rows}: where "
+            f"devices share it, cut separate_projections(layer), each part between heads, and "
+            f"set layer.layout to the heads of one device")) from None
 
 
 def project_heads(layer: StackedProjections, x: Tensor, context: Tensor | None,
