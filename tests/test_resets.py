@@ -16,6 +16,7 @@ import mha_book
 from mha_book import HeadTemperature, MultiHeadAttention, OutputGate, SinkAttention
 from mha_book.heads.head_counts import pad_heads, separate_projections
 from mha_book.heads.head_list import HeadList
+from mha_book.heads.masks import ExtraKeys
 from mha_book.heads.single_head import AttentionHead, fused_attend
 from mha_book.heads.weight_split import HeadLayout, StackedProjections
 from mha_book.lab.nine_ways import Way
@@ -57,6 +58,7 @@ MODULES = {
     "OutputGate": lambda: OutputGate(E, H),
     "HeadTemperature": lambda: HeadTemperature(H),
     "SinkAttention": lambda: SinkAttention(H),
+    "ExtraKeys": lambda: ExtraKeys(G, D, value_dim=DV, zero=True),
     "EncoderLayer": lambda: EncoderLayer(ENCODER),
     "Encoder": lambda: Encoder(ENCODER),
     "DecoderLayer": lambda: DecoderLayer(language_config(), RoPE(D, 1e4), fused_attend),

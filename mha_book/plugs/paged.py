@@ -250,7 +250,11 @@ class PagedCache:
         self._pending = other._pending = None
 
     pool = property(lambda self: self.blocks.pool, doc="The memory.")
-    seen = property(lambda self: self.blocks.seen, doc="Real tokens of each row.")
+    @property
+    def seen(self) -> Int[Tensor, "b"]:
+        "Real tokens of each row."
+        return self.blocks.seen
+
     tables = property(lambda self: self.blocks.tables, doc="Of each row, its blocks.")
     lengths = property(lambda self: self.blocks.lengths, doc="Of each row, its tokens.")
     ragged = property(lambda self: self.blocks.ragged, doc="Whether rows differ in length.")
