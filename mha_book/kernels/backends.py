@@ -173,8 +173,8 @@ def call_logits(call: AttentionCall) -> Float[Tensor, "b h n m"]:
 # %% ../../nbs/07a_backends.ipynb #capped
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     "c · tanh(logits / c), which is the logits for a c beyond them, and 0 for one below all."
-    info = torch.finfo(logits.dtype)
-    if softcap is None or softcap > min(info.max, 2.0 ** 100):
+    info = None if softcap is None else torch.finfo(logits.dtype)
+    if info is None or softcap > min(info.max, 2.0 ** 100):
         return logits
     if softcap < info.tiny:    # where it is no number of the dtype, or one that some take for 0
         return logits.clamp(-softcap, softcap)
