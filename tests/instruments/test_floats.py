@@ -240,7 +240,7 @@ def test_tf32_lies_between_bfloat16_and_float16():
     assert torch.equal(to_tf32(round_to(x, torch.bfloat16)), round_to(x, torch.bfloat16))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func's own call of it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own call of it
 def test_the_gradient_passes_tf32_under_all_transforms():
     x, upstream = torch.randn(7, requires_grad=True), torch.randn(7)
     assert torch.equal(torch.autograd.grad(to_tf32(x), x, upstream)[0], upstream)
