@@ -445,7 +445,7 @@ def choose_backend(
         if not call.windowed and call.softcap is None and call.sinks is None:
             return "sdpa"
         return next(name for name, backend in reversed(BACKENDS.items())
-                    if not (backend.lacks(call) or backend.declines(call)))
+                    if not (backend.declines(call) or backend.lacks(call)))
     if not isinstance(impl, str):
         raise TypeError(f"impl must be one of {', '.join(implementations())}, got {impl!r}")
     if impl not in BACKENDS:
