@@ -23,6 +23,7 @@ from mha_book.heads.single_head import (
     check_flag,
     check_offset,
     check_tensor,
+    derived_once,
     fused_attend,
     is_whole,
     join_masks,
@@ -208,14 +209,17 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for what does not fit; then no cache has changed.
         """
-        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         dropout_p = self.dropout if self.training else 0.0
-        with nullcontext() if cache is None else _turn_of(self, cache):
+        with nullcontext() if cache is None else commit_once(cache):
             q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
             heads = self.attend(q, k, v, mask=mask, bias=bias, is_causal=is_causal,
                                 dropout_p=dropout_p)
-            heads = merge_heads(heads)
-            return self.out_proj(heads if self.finish is None else self.finish(heads, x))
+            heads = merge_heads(derived_once(heads) if x.requires_grad else heads)
+            y = self.out_proj(heads if self.finish is None else self.finish(heads, x))
+            if cache is not None:
+                _sign(self, cache)
+            return y
 
     def qkv(
         self,
@@ -256,7 +260,7 @@ class MultiHeadAttention(StackedProjections):
 
         Raises ValueError where the plug is not linear in its values.
         """
-        _check_call(x, context, value, mask, key_mask, bias, is_causal, cache, key_padding_mask)
+        _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=0.0)
         eye = torch.eye(k.shape[2], dtype=v.dtype, device=v.device)
@@ -302,17 +306,14 @@ class _Writers(tuple):
         return _Writers, ()
 
 
-@contextmanager
-def _turn_of(layer: nn.Module, cache: Cache) -> Iterator[None]:
-    "A block in which this layer appends; the cache knows that when the block has ended."
-    with commit_once(cache):
-        yield
-        if not torch.compiler.is_compiling() and getattr(cache, "in_hand", False):
-            writers = getattr(cache, "written_by", ())
-            if not writers or writers[0]() is not layer:
-                others = [by for by in writers if by() not in (None, layer)]
-                writers = _Writers([ref(layer), *others])
-            cache.in_hand = writers
+def _sign(layer: nn.Module, cache: Cache) -> None:
+    "In a block of `commit_once` this layer has appended: the cache knows that when it ends."
+    if getattr(cache, "in_hand", False) and not torch.compiler.is_compiling():
+        writers = getattr(cache, "written_by", ())
+        if not writers or writers[0]() is not layer:
+            others = [by for by in writers if by() not in (None, layer)]
+            writers = _Writers([ref(layer), *others])
+        cache.in_hand = writers
 
 
 def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
@@ -474,7 +475,7 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, pl
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-call
-def _check_call(x: Tensor, context: Tensor | None, value: Tensor | None, mask: Tensor | None,
+def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
                 key_mask: Tensor | None, bias: Tensor | None, is_causal: bool,
                 cache: Cache | None, key_padding_mask: None) -> None:
     "What `forward` is given beside tokens, before anything is computed."

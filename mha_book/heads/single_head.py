@@ -229,7 +229,8 @@ def check_offset(
     if type(offset) is int and -2**62 < offset < 2**62:
         return
     if isinstance(offset, Tensor):
-        check_whole("offset", offset)
+        if offset.dtype is not torch.int64:
+            check_whole("offset", offset)
         if offset.shape != tokens.shape[:1] or offset.device != tokens.device:
             raise ValueError(f"offset of shape {tuple(offset.shape)} on {offset.device}; "
                              f"needed: ({len(tokens)},), one place a row, "
@@ -486,4 +487,6 @@ def fused_attend(
     `torch.nn.functional.scaled_dot_product_attention`.
     """
     check_inputs(q, k, v, mask, bias, dropout_p, is_causal, scale)
-    return run_fused(q, k, v, mask, bias, is_causal, scale, dropout_p)
+    out = _fused(q, k, v, mask, bias, is_causal, scale, dropout_p)
+    leaf = out.requires_grad and (q.is_leaf or k.is_leaf or v.is_leaf)
+    return derived_once(out) if leaf else out    # between projections, the layer sees to it

@@ -15,7 +15,7 @@ from mha_book.heads.layer import commit_once
 from mha_book.plugs.cache import KVCache
 from mha_book.plugs.paged import BlockPool, PagedCache
 from support.caches import POSITIONS, ROPE, build, close, float64, new, s
-from support.mutants_caches import ROWS
+from support.mutants_caches import BLOCK_ROWS
 from support.pools import assert_no_block_is_lost, pool_of
 from support.refusals import refused
 
@@ -352,9 +352,9 @@ def test_rows(check):
     check()
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", BLOCK_ROWS)
 def test_a_cache_with_a_fault_is_noticed(own_messages, monkeypatch, name):
-    ROWS[name].plant(monkeypatch)
+    BLOCK_ROWS[name].plant(monkeypatch)
     with pytest.raises(BaseException) as noticed:
         for check in CHECKS:
             check()

@@ -10,7 +10,7 @@ from mha_book.heads.layer import MultiHeadAttention, commit_once
 from mha_book.plugs.cache import KVCache
 from mha_book.plugs.paged import BlockPool, PagedCache
 from support.caches import ROLLING, ROPE, build, cache_for, close, float64, new, rolling_mask, s, scattered, serve
-from support.mutants_caches import ROWS
+from support.mutants_caches import SLAB_ROWS
 from support.refusals import refused
 
 
@@ -294,9 +294,9 @@ def test_the_short_form_passes_without_a_fault(own_messages):
     check_all()
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SLAB_ROWS)
 def test_a_cache_with_a_fault_is_noticed(own_messages, monkeypatch, name):
-    ROWS[name].plant(monkeypatch)
+    SLAB_ROWS[name].plant(monkeypatch)
     with pytest.raises(BaseException) as noticed:
         check_all()
     assert not isinstance(noticed.value, (NameError, SyntaxError)), noticed.value

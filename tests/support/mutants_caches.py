@@ -300,7 +300,7 @@ def keeps_the_other(right):
     return wrong
 
 
-ROWS = {
+SLAB_ROWS = {
     "joined at the left": Mutant(Slots, "join", joins_at_the_left),
     "joined with the lengths of the first": Mutant(KVCache, "join", joins_without(takes_first_lengths)),
     "joined rows are as long": Mutant(KVCache, "join", joins_without(forgets_that_rows_differ)),
@@ -559,7 +559,7 @@ def claims_once(right):
     return lambda self, blocks: right(self, sorted(set(blocks)))
 
 
-ROWS = {
+BLOCK_ROWS = {
     "what died is not noted": Mutant(Tables, "__del__", instead(lambda self: None)),
     "what died is given back twice": Mutant(
         Tables,
