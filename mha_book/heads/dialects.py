@@ -423,9 +423,9 @@ def from_state_dict(
     (*_, e), (*_, c), (*_, out_dim) = (found[part, "weight"].shape for part in "qko")
     layer = MultiHeadAttention(
         e, heads.num_heads, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim,
-        value_dim=heads.value_dim, out_dim=out_dim, bias=("q", "bias") in found, context_dim=None if c == e else c,
-        qk_norm=qk_norm, position=position, attend=attend, finish=finish,
-        device="meta")    # `assign` brings a device
+        value_dim=heads.value_dim, out_dim=out_dim, bias=("q", "bias") in found,
+        context_dim=None if c == e else c, qk_norm=qk_norm, position=position, attend=attend,
+        finish=finish, device="meta")    # `assign` brings a device
     weights = _write(found, _own_dialect(layer), heads) | _placed(others, layer, dialect)
     # a plug of which there is nothing keeps what it has
     layer.load_state_dict(weights, strict=False, assign=True)
@@ -442,8 +442,8 @@ def _own_dialect(layer: MultiHeadAttention) -> Dialect:
 def _placed(others: dict[str, Tensor], layer: MultiHeadAttention, dialect: Dialect
             ) -> dict[str, Tensor]:
     "What is none of the projections, under the names that it has in the layer; new tensors."
-    places = {name: place for name, place in layer.state_dict().items()
-              if name.split(".")[0] not in layer.parts()}
+    places = {f"{child}.{name}": place for child, module in layer.named_children()
+              if child not in layer.parts() for name, place in module.state_dict().items()}
     names = {name: _NORMS.get(name, name) for name in others}
     _refuse_names([name for name, ours in names.items()
                    if ours not in places or ours != name and ours in others])
