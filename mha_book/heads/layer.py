@@ -130,11 +130,13 @@ def commit_once(
 
 def _commit_all(caches: list[Cache]) -> None:
     "Commit all of them or none: the memory of several may be one, and full."
+    # one that rolls cannot go back, so it comes last
+    caches = sorted(caches, key=lambda cache: getattr(cache, "window", None) is not None)
     before = [cache.seen for cache in caches] if len(caches) > 1 else []
     for done, cache in enumerate(caches):
         try:
             cache.commit()
-        except Exception:
+        except BaseException:
             for other, length in zip(caches[:done], before):
                 other.crop(length)
             raise
@@ -376,6 +378,8 @@ def _check_caches(caches: tuple[Cache, ...]) -> None:
             raise TypeError(f"cache must have append, commit, crop and seen, got "
                             f"{type(cache).__name__}; a layer takes one cache, and a model a "
                             f"list with one for each layer")
+    if torch.compiler.is_compiling():    # a graph that knows them one by one serves no others
+        return
     if len(caches) > 1 and len({id(cache) for cache in caches}) < len(caches):
         twice = [i for i, cache in enumerate(caches) if sum(c is cache for c in caches) > 1]
         raise ValueError(f"caches {twice} are one and the same; each layer needs a cache of its "

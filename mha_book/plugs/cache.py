@@ -34,6 +34,8 @@ class KVCache:
     stay: Xiao et al. 2023, arXiv 2309.17453.
     """
 
+    in_hand = False    # whether a block of `commit_once` holds it
+
     def __init__(
         self,
         batch_size: int,               # rows, b
@@ -179,11 +181,11 @@ class KVCache:
         Raises TypeError or ValueError for what does not fit together. Then nothing changes.
         """
         check_join(self, other)
+        self.written_by = join_writers(self, other)
         lengths = {self.slots.length, other.slots.length}
         self.ragged = self.ragged or other.ragged or len(lengths) > 1
         self.slots.join(other.slots)
         self.seen, self._pending = torch.cat([self.seen, other.seen]), None
-        self.written_by = join_writers(self, other)
         other.reset()
 
     def __copy__(self) -> "KVCache":
@@ -578,11 +580,12 @@ def check_join(cache: KVCache, other: KVCache) -> None:
 
 def join_writers(cache: object, other: object) -> tuple:
     "Who wrote both, the last one first. Raises ValueError where two layers that live did."
-    one, two = (getattr(c, "written_by", ()) for c in (cache, other))
-    if one and two and one[0]() is not two[0]() and one[0]() and two[0]():
+    one, two = ([by for by in getattr(c, "written_by", ()) if by() and c.seen.any()]
+                for c in (cache, other))
+    if one and two and one[0]() is not two[0]():
         raise ValueError("the rows of the other cache are another layer's; each layer joins "
                          "its own (copy.deepcopy(other) is nobody's)")
-    return one or two
+    return (cache if one else other).written_by if one or two else ()
 
 
 def cropped_length(
@@ -638,6 +641,8 @@ class ContextCache:
     graph: gradients of all calls reach the context. Another context is refused: `reset()`.
     """
 
+    in_hand = False    # whether a block of `commit_once` holds it
+
     def __init__(self):
         self.reset()
 
@@ -663,7 +668,7 @@ class ContextCache:
         """
         if self.k is not None:
             for given, kept in ((context, self.context), (value, self.value)):
-                if given is not kept and (given is not None or context is not None):
+                if given is not None or context is not None and kept is not None:
                     _check_context(given, kept)
             return self.context[:, :0], None
         if context is None:
@@ -694,7 +699,9 @@ class ContextCache:
             raise RuntimeError("a ContextCache is filled by a layer, which knows the context: "
                                "layer(x, context, cache=kept)")
         else:
-            self._pending = k, v, key_mask, *self._asked
+            # copies: whoever gave them may write other numbers there
+            self._pending = k, v, *(t if t is None else t.detach().clone()
+                                    for t in (key_mask, *self._asked))
         return k, v, None if key_mask is None else key_mask[:, None, None]
 
     def commit(self) -> None:
@@ -736,7 +743,9 @@ def _check_context(given: Tensor | None, kept: Tensor | None) -> None:
     "Raise ValueError where this is not the text whose keys, or values, are kept."
     shapes = [None if t is None else tuple(t.shape) for t in (given, kept)]
     kinds = [t is not None and (t.dtype, t.device) for t in (given, kept)]
-    if shapes[0] != shapes[1] or kinds[0] != kinds[1] or not torch.equal(given, kept):
+    alike = shapes[0] == shapes[1] and kinds[0] == kinds[1]
+    # numbers are not looked at while a compiler only traces
+    if not alike or not torch.compiler.is_compiling() and not torch.equal(given, kept):
         raise ValueError(f"another context (or value), of shape {shapes[0]}, than the one of "
                          f"shape {shapes[1]} whose keys are kept: leave it out, or call "
                          f"reset() first")

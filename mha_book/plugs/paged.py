@@ -6,6 +6,7 @@
 __all__ = ['BlockPool', 'PagedCache', 'Tables', 'Rows', 'flat', 'blocks_of_rows', 'check_other']
 
 # %% ../../nbs/10c_paged.ipynb #imports
+import gc
 from collections import Counter, deque
 from collections.abc import Iterable
 from itertools import chain
@@ -56,6 +57,13 @@ class BlockPool:
             self.__setstate__([torch.zeros(num_kv_heads, num_blocks, block_size, width,
                                            device=device, dtype=dtype)
                                for width in (head_dim, value_dim)])
+
+    def has(self, count: int) -> bool:
+        "Whether so many blocks are free, after a look at who has died or is only held by itself."
+        if count <= self.left or count <= len(self.free):
+            return True
+        gc.collect()
+        return count <= len(self.free)
 
     def take(self, count: int) -> Int[Tensor, "_"]:
         "So many free blocks, each for one table."
@@ -134,6 +142,8 @@ class PagedCache:
     Reading gathers a row's blocks into one piece, a copy.
     Source: Kwon et al. 2023, arXiv 2309.06180.
     """
+
+    in_hand = False    # whether a block of `commit_once` holds it
 
     def __init__(
         self,
@@ -245,8 +255,8 @@ class PagedCache:
         another layer's tokens. Then nothing changes.
         """
         check_other(self, other)
-        self.blocks.join(other.blocks)
         self.written_by = join_writers(self, other)
+        self.blocks.join(other.blocks)
         self._pending = other._pending = None
 
     pool = property(lambda self: self.blocks.pool, doc="The memory.")
@@ -409,7 +419,7 @@ class Rows(Tables):
     def check_room(self, call: Call, longest: int) -> None:
         "Raise ValueError where too few blocks are free for a call."
         pool, needed = self.pool, self.needed(call, longest)
-        if needed > pool.left and needed > len(pool.free):    # after a look at who has died
+        if not pool.has(needed):
             raise ValueError(f"pool full: {pool.left} of {len(pool.stack)} blocks free, and "
                              f"{needed} needed; make it with more (num_blocks=), or give rows "
                              f"back by drop, crop or reset")

@@ -521,3 +521,62 @@ def test_a_rule_that_is_left_out_is_noticed(own_messages, monkeypatch, name):
     monkeypatch.setattr(owner, what, wrong)
     with pytest.raises(BaseException):  # noqa: B017 pytest's own failure is no Exception
         check()
+
+
+def test_where_one_cache_of_several_fails_none_keeps_anything_though_one_rolls():
+    "A cache that rolls cannot go back: it commits after those whose memory may be full."
+    pool = BlockPool(5, 2, s.g, s.d, **float64)
+    rolling = KVCache(1, s.g, 8, s.d, window=3, **float64)
+    mixed = [rolling, PagedCache(pool, 1), PagedCache(pool, 1)]
+    stack = [MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, **float64) for _ in mixed]
+
+    def step(x):
+        with torch.no_grad(), commit_once(*mixed):
+            for layer, cache in zip(stack, mixed):
+                x = layer(x, is_causal=True, cache=cache)
+
+    step(text(4, 1))
+    with refused(ValueError, "pool full"):
+        step(text(1, 1))
+    assert [cache.seen.tolist() for cache in mixed] == [[4], [4], [4]]
+
+
+def test_rows_join_those_of_a_layer_that_lives_only():
+    "A dead writer hides no living one; and rows without tokens are nobody's."
+    x, others = text(3), [MultiHeadAttention(s.e, s.h, num_kv_heads=s.g, head_dim=s.d, **float64) for _ in range(2)]
+    gone = copy.deepcopy(others[0])
+    cache, more, empty = OURS["slab"](), OURS["slab"](1), OURS["slab"]()
+    gone(x, is_causal=True, cache=cache)
+    del gone
+    gc.collect()
+    others[0](x[:1], is_causal=True, cache=more)
+    cache.join(more)
+    with refused(ValueError, "another layer"):
+        others[1](text(1, s.b + 1), is_causal=True, cache=cache)
+    others[1](x, is_causal=True, cache=empty)
+    empty.reset()
+    empty.join(cache)
+    assert empty.seen.tolist() == [0] * s.b + [3] * (s.b + 1)
+
+
+REQUESTS = """
+import torch
+from torch._dynamo.testing import CompileCounter
+from mha_book.models.language_model import LanguageModel, LanguageModelConfig
+
+config = LanguageModelConfig(50, 16, 2, 4, 2, 4, 32, 128, 1e4, 1e-5)
+model, made, ids = LanguageModel(config).eval(), CompileCounter(), torch.randint(0, 50, (2, 8))
+step, graphs = torch.compile(model, backend=made), []
+with torch.no_grad():
+    for request in range(4):
+        cache = model.new_cache(2, 64)
+        step(ids[:, :4], cache=cache)
+        for i in range(4, 8):
+            step(ids[:, i:i + 1], cache=cache)
+        graphs.append(made.frame_count)
+assert graphs[0] <= 4 and graphs[1:] == [graphs[1]] * 3, graphs
+"""
+
+
+def test_the_caches_of_a_new_request_need_no_new_graph():
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", REQUESTS], check=True)

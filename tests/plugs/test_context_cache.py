@@ -331,3 +331,16 @@ def test_one_that_takes_any_context_is_noticed(own_messages, monkeypatch):
     monkeypatch.setattr(module, "_check_context", lambda *args: None)
     with pytest.raises(BaseException):  # noqa: B017 pytest's own failure is no Exception
         test_what_does_not_fit_is_refused_and_changes_nothing(None, "another context")
+
+
+def test_what_is_kept_is_a_copy():
+    "A buffer that is filled anew is another context, and a mask that changes later hides nothing."
+    layer, kept, (x, context) = made("its own width"), ContextCache(), inputs("its own width")
+    mask, meant = torch.ones(s.b, s.m, dtype=torch.bool), layer(x, context)
+    layer(x, context, key_mask=mask, cache=kept)
+    mask[0, 2:] = False
+    close(layer(x, context, cache=kept), meant)
+    context.copy_(torch.randn_like(context))
+    with refused(ValueError, "another context", "reset()"):
+        layer(x, context, cache=kept)
+    close(layer(x, cache=kept), meant)

@@ -536,3 +536,22 @@ def test_rows_of_another_layer_are_refused():
 def test_a_pool_is_a_pool(own_messages, pool):
     with refused(TypeError, "pool", "BlockPool"):
         PagedCache(pool, 2)
+
+
+def test_caches_that_only_hold_each_other_are_found_before_the_pool_is_full():
+    class Request:
+        def __init__(self, pool):
+            self.cache, self.done = PagedCache(pool, 1), self.end
+
+        def end(self):
+            pass
+
+    layer, pool = build(), BlockPool(4, 4, s.g, s.d, **float64)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                layer(torch.randn(1, 8, s.e, **float64), is_causal=True, cache=Request(pool).cache)
+    finally:
+        gc.enable()
