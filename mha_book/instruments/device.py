@@ -74,7 +74,8 @@ def timed_on(
     """What to print beside a timing: the device and torch's version. Raises as
     `pick_device` does.
     """
-    device = pick_device(_parsed(device))
+    _parsed(device)    # None is no device that was timed on
+    device = pick_device(device)
     name = {"cpu": "CPU, one thread"}.get(device.type, device.type)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -102,9 +103,11 @@ def synchronize(
     device = _parsed(device)
     if device.type in ("cpu", "meta"):
         return
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        pick_device(device)    # a build for GPUs that sees none waits for any
     try:
         torch.accelerator.synchronize(device)
-    except (RuntimeError, AssertionError, ImportError):
+    except (RuntimeError, ValueError, AssertionError, ImportError):
         pick_device(device)    # it is not there, or else it failed
         raise
 
