@@ -128,6 +128,7 @@ def test_use_device_makes_it_the_default_and_hooks_nothing_on_a_cpu():
 def test_synchronize_waits_where_there_is_something_to_wait_for(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in "cpu", "meta", torch.device("cuda:1"):
         synchronize(name)
     assert waited == [torch.device("cuda:1")]
