@@ -35,7 +35,7 @@ LONGER = {
     "heads.dialects": 319,
     "heads.layer.MultiHeadAttention": 100,
     "heads.layer": 378,
-    "heads.single_head": 323,
+    "heads.single_head": 338,
     "plugs.cache.KVCache": 138,
     "plugs.cache": 534,
     "plugs.paged.PagedCache": 96,

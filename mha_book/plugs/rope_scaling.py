@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..heads.single_head import check_flag, is_number
+from ..heads.single_head import check_flag, check_number
 from .rope import rope_frequencies
 
 # %% ../../nbs/14c_rope_scaling.ipynb #linear
@@ -149,8 +149,7 @@ def _check_scaling(scaling) -> None:
         if name == "truncate":
             check_flag(name, value)
             continue
-        if not is_number(value):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+        check_number(name, value)
         least = 1 if name == "factor" else 0
         if not max(least, 1e-300) <= value < math.inf:
             raise ValueError(f"{name} {value} must be finite and "
