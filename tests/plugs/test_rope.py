@@ -460,6 +460,15 @@ def test_frequencies_on_meta_are_no_numbers():
         RoPE(8, frequencies=lambda w, b: torch.ones(4, device="meta"))
 
 
+def test_scalings_of_which_no_frequencies_come_are_refused():
+    for base in 1.0, 1, 0.5:
+        with refused(ValueError, f"base {base} must be above 1"):
+            RoPE(8, base, frequencies=RoPEYaRNScaling(4.0, 8))
+    for factor in 1e200, 1e300:
+        with refused(ValueError, f"factor {factor}"):
+            RoPE(8, frequencies=RoPENTKScaling(factor))
+
+
 @pytest.mark.parametrize("number", [2**70, 10**400])
 def test_ints_beyond_those_of_torch_are_no_bases_and_no_factors(number):
     for name, call in {
