@@ -19,6 +19,7 @@ from .dialects import from_state_dict
 from .layer import Attend, AttendOptions, MultiHeadAttention, own_ways
 from mha_book.heads.single_head import (
     causal_mask,
+    check_callable,
     check_count,
     check_flag,
     check_inputs,
@@ -211,6 +212,7 @@ class ExtraKeys(nn.Module):
             check_count(name, size)
         check_flag("learned", learned)
         check_flag("zero", zero)
+        check_callable("attend", attend)
         if not (learned or zero):
             raise ValueError("learned=False and zero=False leave no extra key")
         if getattr(attend, "keywords", {}).get("window") is not None:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'scaled_logits', 'add_bias',
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
-           'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_whole',
-           'check_offset', 'check_flag', 'check_tensor', 'check_floats', 'check_mask', 'check_additions',
-           'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed', 'is_wide', 'derived_once',
-           'fused_attend']
+           'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_lengths',
+           'check_whole', 'check_offset', 'check_flag', 'check_callable', 'check_tensor', 'check_floats', 'check_mask',
+           'together', 'check_additions', 'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed',
+           'is_wide', 'derived_once', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -26,6 +26,7 @@ def query_places(
     device: torch.device | str | None = None,  # where the places are to live
 ) -> Int[Tensor, "n"]:                         # m - n, ..., m - 1
     "Where queries stand among the keys: at their end, query `i` at place `m - n + i`."
+    check_lengths(n, m)
     return torch.arange(m - n, m, device=device)
 
 
@@ -154,7 +155,7 @@ def check_inputs(
         _check_kinds(q, k, v)
     if not device == k.device == v.device:
         raise ValueError(f"device differs: query {device}, key {k.device}, value {v.device}; "
-                         f"move with .to(q.device)")
+                         f"{together(device, k.device, v.device)}")
     if mask is not None or bias is not None:
         check_additions(mask, bias, (*shape[:3], k.shape[2]), device)
     if dropout_p.__class__ is not float or dropout_p != 0.0:
@@ -191,12 +192,14 @@ def check_dropout(dropout: float, dtype: torch.dtype = torch.float32) -> None:
         raise ValueError(f"dropout {dropout} makes the weights that stay too large for {dtype}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-check-number
-def check_number(name: str, value: float, above: float = -math.inf) -> None:
-    "Raise unless `value`, which is called `name`, is a finite number above `above`."
+def check_number(name: str, value: float | int, above: float = -math.inf) -> None:
+    "Raise unless `value`, called `name`, is a finite number above `above`; an int one of int64."
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not above < value < math.inf:
         raise ValueError(f"{name} {value} is not {'positive and ' * (above == 0)}finite")
+    if not isinstance(value, float) and not -2**63 <= value < 2**63:
+        raise ValueError(f"{name} is an int of {value.bit_length()} bits, and torch's have 63: write a float")
 
 
 def check_scale(scale: float, dtype: torch.dtype) -> None:
@@ -214,11 +217,19 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-offset
+def check_lengths(n: int, m: int) -> None:
+    "Raise TypeError for numbers of queries and keys that count nothing: floats and bools."
+    if isinstance(n, (float, bool)) or isinstance(m, (float, bool)):
+        raise TypeError(f"queries and keys are counted by ints, got {n!r} and {m!r}")
+
+
 def check_whole(name: str, value: Tensor) -> None:
-    "Raise TypeError unless `value`, which is called `name`, is a tensor of whole numbers."
+    "Raise TypeError unless `value` is a tensor of whole numbers, of which torch makes sums."
     check_tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; places are whole numbers")
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise TypeError(f"{name} has dtype {value.dtype}; needed: {name}.long()")
 
 
 def check_offset(
@@ -231,10 +242,10 @@ def check_offset(
     if isinstance(offset, Tensor):
         if offset.dtype is not torch.int64:
             check_whole("offset", offset)
-        if offset.shape != tokens.shape[:1] or offset.device != tokens.device:
-            raise ValueError(f"offset of shape {tuple(offset.shape)} on {offset.device}; "
-                             f"needed: ({len(tokens)},), one place a row, "
-                             f"on {tokens.device}")
+        if offset.dim() == 1 and offset.size(0) == tokens.size(0) and offset.device == tokens.device:
+            return
+        raise ValueError(f"offset of shape {tuple(offset.shape)} on {offset.device}; needed: "
+                         f"({len(tokens)},), one place a row, on {tokens.device}")
     elif not is_whole(offset) and not isinstance(offset, torch.SymInt):
         raise TypeError(f"offset must be an int, or a tensor of ints, one a row; "
                         f"got {offset!r} of type {type(offset).__name__}")
@@ -248,12 +259,20 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
+def check_callable(name: str, value: object) -> None:
+    "Raise TypeError unless `value`, which is called `name`, can be called."
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r} of type {type(value).__name__}")
+
+
 def check_tensor(name: str, value: Tensor) -> None:
-    "Raise TypeError unless `value`, which is called `name`, is a tensor of torch."
+    "Raise TypeError unless `value`, which is called `name`, is a tensor of torch, not a sparse one."
     if not isinstance(value, Tensor):
         way = ": torch.from_numpy" if type(value).__module__ == "numpy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, "
                         f"got {type(value).__module__}.{type(value).__qualname__}{way}")
+    if value.layout is not torch.strided and "sparse" in str(value.layout):
+        raise TypeError(f"{name} has the layout {value.layout}; needed: {name}.to_dense()")
 
 
 def check_floats(name: str, value: Tensor, way: str = "") -> None:
@@ -272,12 +291,16 @@ def check_mask(mask: Tensor) -> None:
                         f"True = may look. Numbers to be added to the logits go to bias=")
 
 
+def together(*devices: torch.device, move: str = "move with .to(q.device)") -> str:
+    "How tensors come to one device; from meta, where there are no numbers, none can move."
+    empty = "on meta there are no numbers to move: make all on one device"
+    return empty if torch.device("meta") in devices else move
+
+
 def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     "Raise for numbers that attention is not made of, and where they are not of one kind."
     for name, t in zip("qkv", (q, k, v)):
         check_floats(name, t)
-        if "sparse" in str(t.layout):
-            raise TypeError(f"{name} has the layout {t.layout}; needed: {name}.to_dense()")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"dtype differs: query {q.dtype}, key {k.dtype}, value {v.dtype}; "
                         f"convert with .to(q.dtype)")
@@ -292,8 +315,7 @@ def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:
     if k[2] != v[2]:
         raise ValueError(f"length differs: key {k[2]}, value {v[2]}; every key needs one value")
     if q[3] != k[3]:
-        raise ValueError(f"width differs: query {q[3]}, key {k[3]}; "
-                         f"their dot product needs one head_dim")
+        raise ValueError(f"width differs: query {q[3]}, key {k[3]}; their dot product needs one head_dim")
     if k[1] != v[1]:
         raise ValueError(f"heads differ: key {k[1]}, value {v[1]}")
     if k[1] == 0 or q[1] % k[1]:
@@ -311,7 +333,7 @@ def check_additions(mask: Tensor | None, bias: Tensor | None,
     for name, extra in (("mask", mask), ("bias", bias)):
         if extra is not None and extra.device != device:
             raise ValueError(f"device differs: query {device}, {name} {extra.device}; "
-                             f"move with .to(q.device)")
+                             f"{together(device, extra.device)}")
         if extra is not None and not _broadcasts(extra.shape, shape):
             b, h, n, m = shape
             raise ValueError(
@@ -397,7 +419,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | 
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=one, dropout_p=dropout_p, is_causal=flag, scale=scale,
             enable_gqa=True if q.size(1) != k.size(1) else False)    # a bool for every tracer
-    except NotImplementedError:    # the kernel has no forward-mode derivative
+    except RuntimeError as error:    # no forward-mode derivative; one by a mask not everywhere
+        if not isinstance(error, NotImplementedError) and "argument 'attn_mask'" not in str(error):
+            raise
         return plain_attention(q, k, v, mask=mask, bias=bias, is_causal=is_causal, scale=scale,
                                dropout_p=dropout_p)
 

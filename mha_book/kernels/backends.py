@@ -21,6 +21,7 @@ from mha_book.heads.single_head import (
     add_bias,
     check_floats,
     check_inputs,
+    check_lengths,
     check_number,
     float32_at_least,
     is_certain,
@@ -50,6 +51,7 @@ def window_mask(
     An int `w` means `(w - 1, 0)`: w keys, the query's own included.
     Raises TypeError or ValueError for what is no window.
     """
+    check_lengths(n, m)
     _check_window(window)
     return _band(n, m, _sides(window), device)
 
@@ -95,8 +97,7 @@ class AttentionCall:
         "`mask`, the window and causality as one mask, or None."
         if self.sides == (None, None):
             return self.mask
-        n, m = self.q.shape[2], self.k.shape[2]
-        return join_masks(self.mask, _band(n, m, self.sides, self.q.device))
+        return join_masks(self.mask, _band(self.q.shape[2], self.k.shape[2], self.sides, self.q.device))
 
     @property
     def needs_mask(self) -> bool:
@@ -244,8 +245,10 @@ def _sdpa_with_sinks(call: AttentionCall) -> Tensor:
         if mask is not None:
             mask = F.pad(mask.expand(*mask.shape[:-1], call.k.shape[2]), (1, 0), value=True)
         bias = bias if bias is None else _bias_with_front(call)
-    out = run_fused(q, k, v, mask, bias, is_causal, scale, call.dropout_p)
-    return out[:, :, int(is_causal):, :dv]
+    out = run_fused(q, k, v, mask, bias, is_causal, scale, call.dropout_p)[:, :, int(is_causal):, :dv]
+    if is_certain(call.k.shape[2] >= 16):
+        return out
+    return out.masked_fill(call.sinks.isnan()[:, None, None], math.nan)    # where torch's has 0
 
 # %% ../../nbs/07a_backends.ipynb #sinks-parts
 def _width(d: int, dv: int) -> int:
@@ -271,12 +274,11 @@ def _sink_columns(sinks: Tensor, scale: float, like: Tensor,
     wide = float32_at_least(*(t.dtype for t in (like, sinks, bias) if t is not None))
     (near, far), alone = _reach(like), bias is None
     factor = 2.0 ** -math.floor(math.log2(abs(scale)))    # exact in every dtype
-    sinks, small = sinks.to(wide), sinks.abs() <= near
+    sinks, small = sinks.to(wide), ~(sinks.abs() > near)    # a NaN too, to be seen
     exact = torch.where(small, sinks, 0.0) / (scale * factor)
     first = exact.to(narrowed(like)).to(wide)
     third = torch.where(small, 0.0, sinks.sign() * math.copysign(far * alone, scale))
-    columns = torch.stack([first, exact - first, third], dim=-1)
-    return columns.to(like.dtype)[:, None], (factor, far)
+    return torch.stack([first, exact - first, third], -1).to(like.dtype)[:, None], (factor, far)
 
 # %% ../../nbs/07a_backends.ipynb #sinks-bias
 def _bias_with_front(call: AttentionCall) -> Tensor:
@@ -284,7 +286,7 @@ def _bias_with_front(call: AttentionCall) -> Tensor:
     m, sinks = call.k.shape[2], call.sinks.detach()
     wide = torch.promote_types(call.bias.dtype, narrowed(call.q))
     beyond = sinks.to(wide).clamp(max=torch.finfo(wide).max)
-    front = torch.where(sinks.abs() <= _reach(call.q)[0], 0.0, beyond)
+    front = torch.where(sinks.abs() > _reach(call.q)[0], beyond, 0.0)
     bias = F.pad(call.bias.to(wide).expand(*call.bias.shape[:-1], m), (1, 0))
     return bias + F.pad(front[:, None, None], (0, m))    # h 1 m+1
 
@@ -308,8 +310,8 @@ def _sdpa_declines(call: AttentionCall) -> str | None:
     heads, scores = call.q[:, :, :1, 0].numel(), call.q[..., 0].numel() * m
     weights = max(3 * scores, scores + heads * m * max(d, dv))
     # below 16 keys, or fewer than a key is wide, there is no matrix worth saving
-    few = 1.2 * _held_by_sdpa(call) > weights or m < max(16, d)    # a margin, for rounding
-    return "for so few tokens it would hold more than the weights" if few else None
+    if 1.2 * _held_by_sdpa(call) > weights or m < max(16, d):    # a margin, for rounding
+        return "for so few tokens it would hold more than the weights"
 
 
 BACKENDS["sdpa"] = Backend(_sdpa, _sdpa_lacks, _sdpa_declines)
@@ -450,8 +452,7 @@ def choose_backend(
         raise TypeError(f"impl must be one of {', '.join(implementations())}, got {impl!r}")
     if impl not in BACKENDS:
         raise ValueError(f"impl {impl!r} is not known; there are {', '.join(implementations())}")
-    missing = BACKENDS[impl].lacks(call)
-    if missing:
+    if missing := BACKENDS[impl].lacks(call):
         others = [name for name in BACKENDS if BACKENDS[name].lacks(call) is None]
         raise NotImplementedError(f'impl="{impl}" lacks {missing}; {" and ".join(others)} '
                                   f'can do this call, and impl="auto" chooses one')

@@ -14,7 +14,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..heads.single_head import float32_at_least, masked_softmax, repeat_groups
+from mha_book.heads.single_head import (
+    float32_at_least,
+    masked_softmax,
+    repeat_groups,
+    together,
+)
 from .backends import call_logits, checked_call
 
 # %% ../../nbs/12b_softmax.ipynb #lse
@@ -75,9 +80,10 @@ def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
                              f"of shape {tuple(lse.shape)}; with part 0 go "
                              f"{tuple(outs[0].shape)} and {tuple(outs[0].shape[:-1])}")
         if not out.device == lse.device == outs[0].device:
+            move = "move with .to(outs[0].device)"
             raise ValueError(f"device differs: part {i} has its out on {out.device} and its "
                              f"lse on {lse.device}, part 0 is on {outs[0].device}; "
-                             f"move with .to(outs[0].device)")
+                             f"{together(out.device, lse.device, outs[0].device, move=move)}")
 
 
 def _check_numbers(i: int, out: Tensor, lse: Tensor) -> None:

@@ -24,12 +24,14 @@ from mha_book.heads.layer import (
     width_of_a_head,
 )
 from mha_book.heads.single_head import (
+    check_callable,
     check_count,
     check_flag,
     check_floats,
+    check_number,
     float32_at_least,
-    is_number,
     join_masks,
+    together,
 )
 from ..kernels.backends import attention, attention_logits
 from ..kernels.merging import largest_sizes
@@ -83,6 +85,7 @@ class HeadTemperature(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
+        check_callable("attend", attend)
         self.log_temperature = nn.Parameter(
             torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
@@ -100,12 +103,16 @@ class HeadTemperature(nn.Module):
         **options: Unpack[AttendOptions],          # handed on
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
         """Divide the queries, which divides the logits, and attend. Raises ValueError for
-        another number of heads.
+        another number of heads, and queries on another device.
         """
         check_floats("q", q)
         if q.shape[1] != len(self.log_temperature):
             raise ValueError(f"{q.shape[1]} query heads and {len(self.log_temperature)} "
                              f"temperatures: num_heads= counts query heads")
+        if q.device != self.log_temperature.device:
+            raise ValueError(f"device differs: query {q.device}, temperatures "
+                             f"{self.log_temperature.device}; "
+                             f"{together(q.device, self.log_temperature.device)}")
         q = q * torch.exp(-self.log_temperature).to(q.dtype)[:, None, None]
         return self.attend(q, k, v, **options)
 
@@ -126,6 +133,7 @@ class SinkAttention(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
+        check_callable("attend", attend)
         self.sinks = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
         self.reset_parameters()
@@ -249,10 +257,7 @@ def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) ->
     for part in "qk":
         proj, _ = layer.rows(part, 0)    # raises where its rows are not all that it computes
     _check_sizes(largest, (layer.layout.num_heads,), proj.weight.device)
-    if not is_number(threshold):
-        raise TypeError(f"threshold must be a number, got {threshold!r}")
-    if not 0.0 < threshold < math.inf:
-        raise ValueError(f"threshold {threshold} is not positive and finite")
+    check_number("threshold", threshold, above=0.0)
     if largest.amax() * 1e-30 > threshold:
         raise ValueError(f"threshold {threshold} is nothing beside the largest logit, "
                          f"{largest.max():.0e}: so small a factor would end in zeros")

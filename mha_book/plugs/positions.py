@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from ..heads.layer import Attend, AttendOptions
 from mha_book.heads.single_head import (
     check_additions,
+    check_callable,
     check_count,
     check_flag,
     check_floats,
+    check_number,
     check_offset,
     check_tensor,
     check_whole,
     float32_at_least,
-    is_number,
     query_places,
+    together,
 )
 from ..kernels.backends import attention
 
@@ -56,10 +58,7 @@ def sinusoidal_positions(
 # %% ../../nbs/14a_positions.ipynb #sinusoidal-checks
 def _check_waves(places: Tensor, base: float | int, dtype: torch.dtype) -> None:
     check_whole("places", places)
-    if not is_number(base):
-        raise TypeError(f"base must be a number, got {base!r}")
-    if not 0 < base < math.inf:
-        raise ValueError(f"base {base} is not positive and finite")
+    check_number("base", base, above=0.0)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating one, got {dtype!r}")
 
@@ -136,8 +135,9 @@ def _refuse_tokens(x: Tensor, table: Tensor) -> None:
                          f"needed: (batch, length, {table.shape[1]})")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; places are added to embeddings")
+    move = f"move with x.to({str(table.device)!r})"
     raise ValueError(f"device differs: x {x.device}, table {table.device}; "
-                     f"move with x.to({str(table.device)!r})")
+                     f"{together(x.device, table.device, move=move)}")
 
 # %% ../../nbs/14a_positions.ipynb #distances
 def distances(
@@ -167,6 +167,7 @@ def relative_buckets(
     for name, count in ("num_buckets", num_buckets), ("max_distance", max_distance):
         check_count(name, count)
     check_flag("bidirectional", bidirectional)
+    distances = distances.long()    # in which each has its opposite
     sided = num_buckets // 2 if bidirectional else num_buckets
     near = sided // 2
     if near < 1 or max_distance <= near:
@@ -199,6 +200,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         check_count("num_heads", num_heads)
         check_count("num_buckets", num_buckets)
+        check_callable("attend", attend)
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device,
                                                dtype=dtype))
@@ -281,6 +283,7 @@ class ALiBi(nn.Module):
         attend: Attend = attention,    # what gets the bias
     ):
         super().__init__()
+        check_callable("attend", attend)
         self.slopes, self.attend = alibi_slopes(num_heads), attend
 
     def bias(

@@ -17,12 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mha_book.heads.single_head import (
+    check_callable,
     check_count,
+    check_number,
     check_offset,
     check_tensor,
     check_whole,
     float32_at_least,
-    is_number,
     query_places,
 )
 
@@ -35,10 +36,12 @@ def rope_frequencies(
 ) -> Float[Tensor, "r"]:    # radians a token, float64, the fastest pair first
     """How fast each pair turns: base^(-2i / rotary_dim) for pair i.
 
-    Raises TypeError or ValueError for a width that is no positive count.
+    Raises TypeError or ValueError for a width that is no positive count, and a base that is
+    not positive and finite.
     Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
     """
     check_count("rotary_dim", rotary_dim)
+    check_number("base", base, above=0.0)
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     return base ** (-pair / rotary_dim)
 
@@ -109,9 +112,7 @@ class RoPE:
         width = self.head_dim if self.rotary_dim is None else self.rotary_dim
         with torch.device("cpu"):    # Python's numbers from here on, on no device
             turns = self.frequencies(width, self.base)
-        if turns.shape != (width // 2,) or not turns.isfinite().all():
-            raise ValueError(f"frequencies gave {turns}; needed: {width // 2} finite "
-                             f"numbers, one a pair of rotary_dim {width}")
+        _check_turns(turns, width)
         turns = each_number(turns, self.pairing)
         object.__setattr__(self, "_turns", tuple(turns.tolist()))
 
@@ -172,14 +173,21 @@ def _check_rope(rope: RoPE) -> None:
     if rope.pairing not in ("half_split", "interleaved"):
         raise ValueError(f"pairing {rope.pairing!r} is none of 'half_split', 'interleaved'")
     for name in "base", "magnitude":
-        value = getattr(rope, name)
-        if not is_number(value):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} {value} is not positive and finite")
-    if not callable(rope.frequencies):
-        raise TypeError(f"frequencies must be (rotary_dim, base) -> tensor, "
-                        f"got {rope.frequencies!r}")
+        check_number(name, getattr(rope, name), above=0.0)
+    check_callable("frequencies, (rotary_dim, base) -> tensor,", rope.frequencies)
+
+
+def _check_turns(turns: Tensor, width: int) -> None:
+    "What `frequencies` gave."
+    check_tensor("what frequencies gives", turns)
+    if turns.is_complex() or turns.dtype == torch.bool:
+        raise TypeError(f"frequencies gave numbers of {turns.dtype}; needed: radians a token, real")
+    if turns.is_meta:
+        raise ValueError("frequencies gave a tensor on meta, where there are no numbers to turn by")
+    if turns.shape != (width // 2,) or not turns.isfinite().all():
+        raise ValueError(f"frequencies gave {turns}; needed: {width // 2} finite "
+                         f"numbers, one a pair of rotary_dim {width}")
+
 
 # %% ../../nbs/14b_rope.ipynb #checks-call
 def _check_turned(rope: RoPE, q: Tensor, k: Tensor, offset: int | Tensor) -> None:
@@ -229,7 +237,7 @@ def rotate_by_tables(
     """
     check_tensor("query", q)
     check_tensor("key", k)
-    turns = q.shape[-1] if rotary_dim is None else rotary_dim
+    turns = int(q.shape[-1]) if rotary_dim is None else rotary_dim    # a tensor, in a trace
     _check_tables(q, k, cos, sin, offset, position_ids, turns, pairing)
     n, m, dtype = q.shape[2], k.shape[2], float32_at_least(q.dtype, k.dtype, cos.dtype)
     if cos.dim() == 2:
@@ -255,7 +263,7 @@ def _looked_up(table: Tensor, m: int, offset: int | Tensor, ids: Tensor | None) 
         start = offset[:, None] if isinstance(offset, Tensor) else offset
         ids = (query_places(m, m, table.device) + start).clamp(min=0)
     try:
-        return F.embedding(ids, table)
+        return F.embedding(ids.long(), table)
     except IndexError:    # a CPU looks for itself
         raise ValueError(f"places {ids.min()} to {ids.max()}, and the tables have "
                          f"{len(table)}, 0 to {len(table) - 1}") from None
@@ -267,7 +275,7 @@ def _check_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | 
     if not q.dim() == k.dim() == 4 or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
         raise ValueError(f"query of shape {tuple(q.shape)}, key of shape {tuple(k.shape)}; "
                          f"needed: batch, heads, length, width, and no more queries than keys")
-    _check_pair(q, k, len(q), len(k))
+    _check_pair(q, k, q.shape[0], k.shape[0])
     check_offset(offset, q)
     check_count("rotary_dim", turns)
     if turns % 2 or turns > q.shape[3]:
@@ -276,14 +284,19 @@ def _check_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int | 
         raise ValueError(f"pairing {pairing!r} is none of 'half_split', 'interleaved'")
     _check_rows(k, dict(cos=cos, sin=sin), turns)
     if ids is None and cos.dim() == 2 and not isinstance(offset, Tensor) and not (
-            offset + k.shape[2] <= len(cos)):
+            offset + k.shape[2] <= cos.shape[0]):
         raise ValueError(f"{k.shape[2]} keys from offset {offset} on, and the tables have "
                          f"{len(cos)} places, 0 to {len(cos) - 1}")
     if ids is not None:
         check_whole("position_ids", ids)
-        if cos.dim() == 3 or ids.shape not in ((len(k), k.shape[2]), (1, k.shape[2])):
+        if cos.dim() == 3 or not _are_rows_of(ids.shape, k):
             raise ValueError(f"position_ids of shape {tuple(ids.shape)} for tables of rank "
                              f"{cos.dim()}; needed: {(len(k), k.shape[2])} and rank 2")
+
+
+def _are_rows_of(shape: torch.Size, k: Tensor) -> bool:
+    "Whether there is one for each key, or one for the keys of all rows."
+    return len(shape) == 2 and shape[1] == k.shape[2] and (shape[0] == 1 or shape[0] == k.shape[0])
 
 
 def _check_rows(k: Tensor, tables: dict[str, Tensor], turns: int) -> None:
@@ -292,8 +305,7 @@ def _check_rows(k: Tensor, tables: dict[str, Tensor], turns: int) -> None:
         check_tensor(name, table)
         if not table.is_floating_point():
             raise TypeError(f"{name} has dtype {table.dtype}; needed: floating point")
-        rows = table.shape[:-1]
-        fits = table.dim() == 2 or rows in ((len(k), k.shape[2]), (1, k.shape[2]))
+        fits = table.dim() == 2 or _are_rows_of(table.shape[:-1], k)
         if table.dim() not in (2, 3) or table.shape[-1] not in (turns // 2, turns) or not fits:
             raise ValueError(f"{name} has shape {tuple(table.shape)}; needed: (places, w) or "
                              f"{(len(k), k.shape[2])} and w, where w is rotary_dim "

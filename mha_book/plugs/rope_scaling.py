@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..heads.single_head import check_flag, is_number
+from ..heads.single_head import check_flag, check_number
 from .rope import rope_frequencies
 
 # %% ../../nbs/14c_rope_scaling.ipynb #linear
@@ -62,6 +62,8 @@ class RoPENTKScaling:
         if rotary_dim < 4:
             raise ValueError(f"rotary_dim {rotary_dim}: with fewer than two pairs the "
                              f"fastest is the slowest; 4 is the least")
+        if self.factor > 2.0 ** 500:
+            raise ValueError(f"factor {self.factor} makes a base that is no number")
         power = rotary_dim / (rotary_dim - 2)
         return rope_frequencies(rotary_dim, base * self.factor ** power)
 
@@ -132,6 +134,8 @@ class RoPEYaRNScaling:
     ) -> Float[Tensor, "r"]:    # radians a token, float64
         "Each frequency, kept by the share that its number earns, divided for the rest."
         plain = rope_frequencies(rotary_dim, base)
+        if base <= 1:
+            raise ValueError(f"base {base} must be above 1: no pair is slower than another")
         # the pair, as a real number, that makes so many turns within the trained length
         first, last = (rotary_dim * math.log(self.trained_len / (2 * math.pi * turns))
                        / (2 * math.log(base)) for turns in (self.fast_turns, self.slow_turns))
@@ -149,8 +153,7 @@ def _check_scaling(scaling) -> None:
         if name == "truncate":
             check_flag(name, value)
             continue
-        if not is_number(value):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+        check_number(name, value)
         least = 1 if name == "factor" else 0
         if not max(least, 1e-300) <= value < math.inf:
             raise ValueError(f"{name} {value} must be finite and "

@@ -10,11 +10,13 @@ import torch
 from mha_book import (
     ALiBi,
     AttentionHead,
+    ExtraKeys,
     HeadList,
     HeadTemperature,
     MultiHeadAttention,
     OutputGate,
     RelativeBias,
+    SinkAttention,
     attention,
     attention_logits,
     attention_weights,
@@ -22,11 +24,18 @@ from mha_book import (
     qk_clip_,
     z_loss,
 )
-from mha_book.heads.single_head import masked_softmax, plain_attention, plain_attention_weights
+from mha_book.heads.single_head import (
+    causal_mask,
+    masked_softmax,
+    plain_attention,
+    plain_attention_weights,
+    query_places,
+)
 from mha_book.instruments.dispatch import explain_dispatch
 from mha_book.instruments.testing import SIZES, reference_attention
-from mha_book.kernels.backends import checked_call
+from mha_book.kernels.backends import checked_call, window_mask
 from mha_book.kernels.merging import attention_with_lse
+from mha_book.plugs.positions import distances
 from support.refusals import refused
 
 s = SIZES
@@ -130,6 +139,36 @@ def test_sinks_are_a_tensor_of_floats(sinks):
     for way in attention, of_two(attention_weights), attention_with_lse, checked_call, reference_attention:
         with refused(TypeError, "sinks"):
             way(*heads(), sinks=sinks)
+
+
+@EVERY
+@pytest.mark.parametrize("name, extra", [("mask", torch.ones(s.n, s.m) > 0), ("bias", torch.ones(s.n, s.m))])
+def test_sparse_masks_and_biases_are_refused(way, name, extra):
+    with refused(TypeError, f"{name} has the layout torch.sparse_coo", f"{name}.to_dense()"):
+        way(*heads(), **{name: extra.to_sparse()})
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["q", "mask", "bias"])
+def test_what_is_on_meta_beside_what_is_not_has_no_numbers_to_move(way, name):
+    (q, k, v), extras = heads(), {"mask": torch.ones(s.n, s.m) > 0, "bias": torch.ones(s.n, s.m)}
+    options = {} if name == "q" else {name: extras[name].to("meta")}
+    with refused(ValueError, "device", "meta", "cpu", "there are no numbers to move: make all on one device"):
+        way(q.to("meta") if name == "q" else q, k, v, **options)
+
+
+def test_lengths_are_no_floats_and_no_truth_values():
+    for n, m in (2.5, 3), (True, 3), (2, 3.0), (2, False):
+        for way in causal_mask, query_places, distances, partial(window_mask, window=2):
+            with refused(TypeError, "counted by ints", repr(n), repr(m)):
+                way(n, m)
+
+
+@pytest.mark.parametrize("attend", ["math", None, 3], ids=repr)
+def test_a_plug_hands_on_to_what_can_be_called(attend):
+    for plug in ALiBi, RelativeBias, HeadTemperature, SinkAttention, partial(ExtraKeys, head_dim=s.d):
+        with refused(TypeError, "attend must be callable", repr(attend)):
+            plug(s.h, attend=attend)
 
 
 @pytest.mark.parametrize("dropout", [True, "x", None, np.float32(0.1), torch.tensor(0.1)], ids=repr)
@@ -238,6 +277,35 @@ def test_a_scale_beyond_which_float16_overflows(scale, impl):
 def test_a_scale_that_leaves_no_logit_finite_is_refused(way, dtype, scale):
     with refused(ValueError, f"scale {scale:.0e}", str(dtype)):
         way(*heads(dtype), scale=scale)
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [10**400, -(10**400), 2**63, 10**5000], ids=int.bit_length)
+def test_an_int_beyond_those_of_torch_is_refused(way, scale):
+    with refused(ValueError, f"scale is an int of {scale.bit_length()} bits", "float"):
+        way(*heads(), scale=scale)
+    if way in MORE.values():
+        with refused(ValueError, "softcap"):
+            way(*heads(), softcap=abs(scale))
+    with refused(ValueError, "threshold"):
+        qk_clip_(MultiHeadAttention(48, 6), torch.ones(6), abs(scale))
+
+
+@IMPLS
+@pytest.mark.parametrize("m", [3, s.m, 14, 15, 16, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sink_that_is_nan_is_seen_in_its_head_and_in_no_other(dtype, m, impl):
+    q, k, v = torch.randn(s.b, s.h, 3, s.d), torch.randn(s.b, s.g, m, s.d), torch.randn(s.b, s.g, m, s.d)
+    sinks = torch.tensor([0, -math.inf, math.nan, 2, 7e4, math.inf])
+    for options in (
+        {},
+        {"is_causal": True},
+        {"bias": torch.randn(m).to(dtype)},
+        {"window": 2},
+        {"mask": torch.arange(m) > 1},
+    ):
+        out = attention(*(t.to(dtype) for t in (q, k, v)), sinks=sinks, impl=impl, **options)
+        assert out[:, 2].isnan().all() and out[:, [0, 1, 3, 4, 5]].isfinite().all()
 
 
 @IMPLS

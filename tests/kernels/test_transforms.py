@@ -359,3 +359,16 @@ def test_the_mask_of_open_sizes_is_the_mask(window):
     traced = torch.jit.trace(Mask(), (torch.ones(5, 7, dtype=torch.bool),), check_trace=False)
     for n, m in (5, 7), (9, 9), (9, 4), (1, 6), (3, 20):
         assert torch.equal(traced(torch.ones(n, m, dtype=torch.bool)), window_mask(n, m, window))
+
+
+@pytest.mark.parametrize("way", [fused_attend, attention, partial(attention, impl="sdpa")])
+def test_a_gradient_beside_a_bias_that_learns_elsewhere(way):
+    "torch's fused kernel has no derivative by its mask, which the definition has."
+    q, k, v = heads(m=s.m)
+    bias = torch.randn(s.n, s.m, dtype=q.dtype, requires_grad=True)
+    call = lambda attend: lambda x: (attend(q * x, k, v, bias=bias) * x).sum()  # noqa: E731
+    one = torch.ones((), dtype=q.dtype)
+    torch.testing.assert_close(grad(call(way))(one), grad(call(plain_attention))(one))
+    torch.testing.assert_close(
+        grad(lambda x: (way(q, k, v, bias=bias) * x).sum())(one), plain_attention(q, k, v, bias=bias).sum()
+    )

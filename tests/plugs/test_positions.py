@@ -448,3 +448,18 @@ def test_what_was_made_on_meta_starts_as_the_constructor_has_it(name):
         assert not made.attend.weight.any() and made.position == built.position
     if name == "ALiBi":
         assert made.slopes == built.slopes
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_distances_of_any_whole_kind_fall_into_the_same_buckets(dtype, bidirectional):
+    far = torch.arange(torch.iinfo(dtype).min if dtype == torch.int8 else 0, 128)
+    want = relative_buckets(far, bidirectional=bidirectional)
+    assert torch.equal(relative_buckets(far.to(dtype), bidirectional=bidirectional), want)
+
+
+def test_a_table_on_meta_and_tokens_that_are_not_have_nothing_to_move():
+    for table, tokens in ("meta", "cpu"), ("cpu", "meta"):
+        with refused(ValueError, f"x {tokens}, table {table}", "on meta there are no numbers to move"):
+            LearnedPositions(9, 8, device=table)(torch.zeros(2, 5, 8, device=tokens))

@@ -9,6 +9,7 @@ import sys
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -412,6 +413,72 @@ def test_given_tables_compile_and_work_without_numbers():
             torch.testing.assert_close(got, want)
     there = rotate_by_tables(q.to("meta"), k.to("meta"), **{name: t.to("meta") for name, t in given.items()})
     assert [t.shape for t in there] == [q.shape, k.shape]
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_places_of_any_whole_kind_are_looked_up(dtype):
+    q, k, ids = random(s.b, s.h, s.n, s.d), random(s.b, s.g, s.m, s.d), torch.randint(9, (s.b, s.m))
+    want = rotate_by_tables(q, k, **tables(9), position_ids=ids)
+    assert all(map(torch.equal, rotate_by_tables(q, k, **tables(9), position_ids=ids.to(dtype)), want))
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.parametrize("pairing", ["half_split", "interleaved"])
+def test_given_tables_are_traced_and_exported_for_batches_of_any_size(pairing):
+    class Turned(torch.nn.Module):
+        def forward(self, q, k, ids):
+            looked_up = rotate_by_tables(q, k, cos=cos, sin=sin, position_ids=ids, pairing=pairing)
+            return *looked_up, *rotate_by_tables(q, k, cos=cos[ids], sin=sin[ids], pairing=pairing)
+
+    cos, sin = tables(9, dtype=torch.float32).values()
+    few, many = (
+        (torch.randn(b, s.h, s.n, s.d), torch.randn(b, s.g, s.m, s.d), torch.randint(9, (b, s.m))) for b in (s.b, 5)
+    )
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(Turned(), few, dynamic_shapes=({0: batch},) * 3).module()
+    compiled = torch.compile(Turned(), fullgraph=True, dynamic=True, backend="eager")
+    traced = torch.jit.trace(Turned(), few, check_trace=False)
+    for call in exported, compiled, traced:
+        for inputs in few, many:
+            torch.testing.assert_close(call(*inputs), Turned()(*inputs))
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("given", [
+    lambda w, b: [1.0] * 4, lambda w, b: np.ones(4), lambda w, b: None, lambda w, b: torch.ones(4) > 0,
+    lambda w, b: torch.ones(4).to_sparse(), lambda w, b: torch.ones(4, dtype=torch.complex64), "plain",
+])  # fmt: skip
+def test_frequencies_are_real_numbers(given):
+    with refused(TypeError, "frequencies"):
+        RoPE(8, frequencies=given)
+
+
+def test_frequencies_on_meta_are_no_numbers():
+    with refused(ValueError, "frequencies", "meta"):
+        RoPE(8, frequencies=lambda w, b: torch.ones(4, device="meta"))
+
+
+def test_scalings_of_which_no_frequencies_come_are_refused():
+    for base in 1.0, 1, 0.5:
+        with refused(ValueError, f"base {base} must be above 1"):
+            RoPE(8, base, frequencies=RoPEYaRNScaling(4.0, 8))
+    for factor in 1e200, 1e300:
+        with refused(ValueError, f"factor {factor}"):
+            RoPE(8, frequencies=RoPENTKScaling(factor))
+
+
+@pytest.mark.parametrize("number", [2**70, 10**400])
+def test_ints_beyond_those_of_torch_are_no_bases_and_no_factors(number):
+    for name, call in {
+        "base": lambda: RoPE(8, number), "magnitude": lambda: RoPE(8, magnitude=number),
+        "base ": lambda: rope_frequencies(8, number), "factor": lambda: RoPELinearScaling(number),
+        "factor ": lambda: RoPENTKScaling(number), "trained_len": lambda: RoPEYaRNScaling(2.0, number),
+        "trained_len ": lambda: RoPELlama3Scaling(2.0, number),
+    }.items():  # fmt: skip
+        with refused(ValueError, f"{name.strip()} is an int of {number.bit_length()} bits"):
+            call()
 
 
 GIVEN = dict(q=torch.zeros(2, 6, 5, 8), k=torch.zeros(2, 3, 7, 8), cos=torch.ones(9, 4), sin=torch.ones(9, 4))
