@@ -467,7 +467,7 @@ def test_a_layer_cut_between_heads_is_the_sum_of_its_shares():
 
 CHANGES = {
     "pad_heads": lambda layer: pad_heads(layer, 2 * s.h),
-    "with_heads": lambda layer: with_heads(layer, layer.layout, lambda part, heads: heads),
+    "with_heads": lambda layer: with_heads(layer, HeadLayout(s.h, s.g, s.d), lambda part, heads: heads),
     "separate_projections": separate_projections,
     "stack_projections": stack_projections,
     "repeat_kv_heads": lambda layer: repeat_kv_heads(layer, s.h),
@@ -483,6 +483,7 @@ READS = {
 
 @pytest.mark.usefixtures("own_messages")
 @pytest.mark.parametrize("name", CHANGES | READS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
 def test_what_is_no_layer_is_refused_by_its_name(name):
     call, foreign = (CHANGES | READS)[name], nn.MultiheadAttention(s.h * s.d, s.h)
     for wrong in (None, build, nn.Linear(s.e, s.e), HeadList(s.e, s.h, s.d)):

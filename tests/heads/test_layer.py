@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from mha_book.heads.head_list import HeadList
 from mha_book.heads.layer import MultiHeadAttention, commit_once, nearest_head_counts
 from mha_book.heads.masks import from_torch, to_torch
-from mha_book.heads.weight_split import HeadLayout
+from mha_book.heads.weight_split import HeadLayout, merge_heads, split_heads
 from mha_book.instruments.testing import SIZES as s
 from mha_book.kernels.backends import attention
 from mha_book.plugs.cache import KVCache
@@ -896,3 +897,30 @@ def test_the_nearest_counts_divide(embed_dim, near):
 def test_counts_near_none_are_refused(wrong):
     with refused((TypeError, ValueError), "embed_dim" if wrong[0] != 16 or type(wrong[0]) is float else "near"):
         nearest_head_counts(*wrong)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_heads_are_cut_from_three_axes_and_merged_from_four():
+    for call, wrong in (
+        (partial(split_heads, num_heads=2), [torch.ones(6), torch.ones(5, 6), torch.ones(2, 3, 5, 6)]),
+        (merge_heads, [torch.ones(5, 6), torch.ones(2, 5, 6), torch.ones(1, 2, 3, 5, 6)]),
+    ):
+        for x in wrong:
+            with refused(ValueError, f"x has shape {tuple(x.shape)}", "needed: (batch"):
+                call(x)
+        with refused(TypeError, "x must be a torch.Tensor"):
+            call(None)
+    for count, error in ((0, ValueError), (-2, ValueError), (2.0, TypeError), (True, TypeError)):
+        with refused(error, "num_heads"):
+            split_heads(torch.ones(2, 5, 6), count)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_list_of_heads_says_what_it_takes():
+    heads = HeadList(s.e, s.h, s.d)
+    for x, error in ((torch.ones(2, 5, s.e + 1), ValueError), (torch.ones(5, s.e), ValueError), (tokens(), TypeError)):
+        with refused(error, "x"):
+            heads(x)
+    for wrong in ((s.e, s.h, s.d, "no"), (0, s.h), (None, s.h), (-s.h, s.h)):
+        with pytest.raises((TypeError, ValueError), match="embed_dim|bias"):
+            HeadList(*wrong)

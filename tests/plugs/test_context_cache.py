@@ -331,3 +331,11 @@ def test_one_that_takes_any_context_is_noticed(own_messages, monkeypatch):
     monkeypatch.setattr(module, "_check_context", lambda *args: None)
     with pytest.raises(BaseException):  # noqa: B017 pytest's own failure is no Exception
         test_what_does_not_fit_is_refused_and_changes_nothing(None, "another context")
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", [None, 1.5, True, -1])
+def test_a_length_is_none_before_the_first_call_either(wrong):
+    with pytest.raises((TypeError, ValueError), match="length"):
+        ContextCache().crop(wrong)
+    ContextCache().crop(2**70)
