@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from .head_counts import check_unsharded
 from .layer import Attend, Finish, MultiHeadAttention, Position
-from .single_head import check_tensor
+from .single_head import check_count, check_tensor
 from .weight_split import HeadLayout
 
 # %% ../../nbs/04a_layouts.ipynb #dialect
@@ -54,8 +55,9 @@ class Dialect:
     def __post_init__(self):
         for field, kind in _KINDS.items():
             _check_kind(field, getattr(self, field), kind)
-        used = {form.format(name) for form in (self.weight, self.bias)
-                for name in self.names.values()}
+        if self.rotary_dim is not None:
+            check_count("rotary_dim", self.rotary_dim)
+        used = {form.format(name) for form in (self.weight, self.bias) for name in self.names.values()}
         if sorted("".join(self.names)) != sorted("qkvo") or len(used) < 2 * len(self.names):
             raise ValueError(f"names must hold q, k, v and o once each, got {self}")
         for field, choices in _CHOICES.items():
@@ -103,8 +105,7 @@ def _heads_first(tensor: Tensor, axes: str, head_dim: int) -> Tensor:
 def _from_heads_first(heads: Tensor, axes: str) -> Tensor:
     "The inverse of `_heads_first`."
     letters = axes.replace("hd", "h d").split()
-    tensor = heads.permute([sorted(letters, key="hde".index).index(letter)
-                            for letter in letters])
+    tensor = heads.permute([sorted(letters, key="hde".index).index(letter) for letter in letters])
     if "hd" not in axes:
         return tensor
     return tensor.flatten(letters.index("h"), letters.index("d"))
@@ -181,8 +182,7 @@ def _read(tensors: dict, dialect: Dialect, heads: HeadLayout) -> dict:
     for (parts, kind), tensor in tensors.items():
         rows = _heads_first(tensor, _axes(dialect, parts, kind), _unit(parts, heads))
         pieces = _unstack(rows, _counts(parts, heads), _groups(dialect, heads))
-        heads_of = {part: _of_width(piece, heads.width(part))
-                    for part, piece in zip(parts, pieces)}
+        heads_of = {part: _of_width(piece, heads.width(part)) for part, piece in zip(parts, pieces)}
         found |= {(part, kind): _in_pairs(piece, part, dialect, back=True)
                   for part, piece in heads_of.items()}
     return found
@@ -200,8 +200,7 @@ def _write(found: dict, dialect: Dialect, heads: HeadLayout) -> dict[str, Tensor
                 rows = _stack([_of_width(piece, _unit(parts, heads)) for piece in
                                pieces.values()], _groups(dialect, heads))
                 tensor = _from_heads_first(rows, _axes(dialect, parts, kind))
-                weights[name.format(stem)] = tensor.clone(
-                    memory_format=torch.contiguous_format)
+                weights[name.format(stem)] = tensor.clone(memory_format=torch.contiguous_format)
     return weights
 
 # %% ../../nbs/04a_layouts.ipynb #under
@@ -213,8 +212,7 @@ def _under(state: dict[str, Tensor], heads: HeadLayout, prefix: str = "",
         _check_kind(name, value, kind)
     for name in (*state, *ignore):
         _check_kind("a name of weights", name, str)
-    under = {name[len(prefix):]: tensor for name, tensor in state.items()
-             if name.startswith(prefix)}
+    under = {name[len(prefix):]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not under:
         raise ValueError(f"no name begins with {prefix!r}; the first are {[*state][:5]}")
     for unwanted in ignore:
@@ -226,6 +224,7 @@ def _under(state: dict[str, Tensor], heads: HeadLayout, prefix: str = "",
     for name, tensor in under.items():
         if name.rpartition(".")[2] != "_extra_state":    # of a plug it may be anything
             check_tensor(f"{prefix}{name}", tensor)
+    check_unsharded(under)
     return under
 
 
@@ -267,8 +266,7 @@ def _axes(dialect: Dialect, parts: str, kind: str) -> str:
 # %% ../../nbs/04a_layouts.ipynb #names
 _ALIASES = {
     "q": "q_proj query self.query to_q Wq wq linear_q Q q in_proj attn_q in_proj.q_proj",
-    "k": "k_proj key self.key to_k Wk wk linear_k K k attn_k in_proj.k_proj "
-         "context_proj.k_proj",
+    "k": "k_proj key self.key to_k Wk wk linear_k K k attn_k in_proj.k_proj context_proj.k_proj",
     "v": "v_proj value self.value to_v Wv wv linear_v V v attn_v in_proj.v_proj "
          "context_proj.v_proj",
     "kv": "kv_proj key_value to_kv Wkv linear_kv context_proj",
@@ -324,8 +322,10 @@ def _refuse_names(names: list[str] | dict[str, Tensor]) -> None:
     if names:
         norms = ("norms of queries and keys go to from_state_dict with qk_norm=, such as "
                  "partial(nn.RMSNorm, eps=1e-6); " if _NORMS.keys() & {*names} else "")
-        raise ValueError(f"there is no place for some names: {norms}what belongs elsewhere "
-                         f"is left out by ignore={tuple(names)}")
+        way = f"{norms}what belongs elsewhere is left out by ignore={tuple(names)}"
+        if any(word in name for name in names for word in ("lora_", "adapter", "base_layer")):
+            way = f"{', '.join(names)}: merge the adapter into the weights first (merge_and_unload)"
+        raise ValueError(f"there is no place for some names: {way}")
 
 # %% ../../nbs/04a_layouts.ipynb #refuse-shape
 def _check_shape(name: str, tensor: Tensor, key: tuple[str, str],

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .single_head import AttentionHead, check_count
+from .single_head import AttentionHead, check_count, check_flag, check_floats
 
 # %% ../../nbs/02_multi_head.ipynb #heads
 class HeadList(nn.Module):
@@ -26,7 +26,9 @@ class HeadList(nn.Module):
         bias: bool = True,             # whether the projections add a learned vector
     ):
         super().__init__()
+        check_count("embed_dim", embed_dim)
         check_count("num_heads", num_heads)
+        check_flag("bias", bias)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by "
                              f"num_heads {num_heads}: give head_dim")
@@ -42,6 +44,19 @@ class HeadList(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,  # True = may look; broadcasts to b 1 n n
         is_causal: bool = False,                  # no looking ahead
     ) -> Float[Tensor, "b n e"]:                  # one output a token
-        "Run the heads one after another, concatenate, project."
+        "Run the heads one after another, concatenate, project. ValueError for another width."
+        _check_input(self.out_proj, x)
         outputs = [head(x, mask=mask, is_causal=is_causal) for head in self.heads]
         return self.out_proj(torch.cat(outputs, dim=-1))
+
+# %% ../../nbs/02_multi_head.ipynb #heads-checks
+def _check_input(proj: nn.Linear, x: Tensor) -> None:
+    "Raise ValueError for tokens of another width than `proj` gives, TypeError for another dtype."
+    check_floats("x", x)
+    if x.dim() != 3 or x.shape[2] != proj.out_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; needed: (batch, length, "
+                         f"{proj.out_features})")
+    if x.dtype != proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"dtype differs: x {x.dtype}, weights {proj.weight.dtype}; "
+                        f"convert with x.to({proj.weight.dtype})")
+

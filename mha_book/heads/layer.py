@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AttendOptions', 'Attend', 'Position', 'Finish', 'Cache', 'commit_once', 'MultiHeadAttention', 'own_ways',
-           'nearest_head_counts', 'width_of_a_head', 'check_key_mask']
+           'check_unhooked', 'nearest_head_counts', 'width_of_a_head', 'check_key_mask']
 
 # %% ../../nbs/03b_layer.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from mha_book.heads.single_head import (
     check_tensor,
     derived_once,
     fused_attend,
+    is_certain,
     is_whole,
     join_masks,
     repeat_groups,
@@ -187,8 +188,7 @@ class MultiHeadAttention(StackedProjections):
         layout = HeadLayout(num_heads, num_kv_heads, head_dim, value_dim)
         out_dim = embed_dim if out_dim is None else out_dim
         super().__init__(embed_dim, layout, out_dim, bias, context_dim, device, dtype)
-        self.q_norm, self.k_norm = (
-            qk_norm and qk_norm(head_dim).to(self.in_proj.weight) for _ in range(2))
+        self.q_norm, self.k_norm = _make_norms(qk_norm, head_dim, self.in_proj.weight)
         self.dropout, self.position, self.finish = dropout, position, finish
         self.attend = fused_attend if attend is None else attend
 
@@ -260,8 +260,10 @@ class MultiHeadAttention(StackedProjections):
     ) -> Float[Tensor, "b h n m"]:                 # the weight of each key for each query
         """The weights: the plug applied to the identity as values.
 
-        Raises ValueError where the plug is not linear in its values.
+        Raises ValueError where the plug is not linear in its values, TypeError for forward
+        pre-hooks on the layer, which would change what it is given.
         """
+        check_unhooked(self)
         _check_call(x, context, mask, key_mask, bias, is_causal, cache, key_padding_mask)
         q, k, v, mask = self._see(x, context, value, mask, key_mask, cache)
         options = dict(mask=mask, bias=bias, is_causal=is_causal, dropout_p=0.0)
@@ -313,14 +315,13 @@ def _sign(layer: nn.Module, cache: Cache) -> None:
     if getattr(cache, "in_hand", False) and not torch.compiler.is_compiling():
         writers = getattr(cache, "written_by", ())
         if not writers or writers[0]() is not layer:
-            others = [by for by in writers if by() not in (None, layer)]
-            writers = _Writers([ref(layer), *others])
+            writers = _Writers([ref(layer), *(by for by in writers if by() not in (None, layer))])
         cache.in_hand = writers
 
 
 def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
     "The tokens that a cache has seen, once it is certain that this layer may go on from them."
-    if not hasattr(cache, "commit"):
+    if isinstance(cache, type) or not hasattr(cache, "commit"):
         _check_caches((cache,))
     seen = cache.seen
     if isinstance(seen, Tensor) and isinstance(x, Tensor) and x.dim() == 3:
@@ -344,10 +345,9 @@ def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
     last = writers[0]() if writers else None
     if last is None or last is layer:
         return
-    others = [by() for by in writers]
     if isinstance(seen, Tensor):
         seen = seen.is_meta or seen.any()
-    if seen and (layer in others or not _same_keys(layer, last)):
+    if seen and (layer in [by() for by in writers] or not _same_keys(layer, last)):
         raise ValueError("the cache holds keys that another layer made; each layer needs a "
                          "cache of its own. To begin anew: cache.reset(). To go on from the "
                          "other's keys on purpose: copy.deepcopy(cache)")
@@ -374,10 +374,10 @@ def _is_same(a: object, b: object) -> bool:
 def _check_caches(caches: tuple[Cache, ...]) -> None:
     "Raise TypeError for what is no cache, ValueError for the same one twice."
     for cache in caches:
-        if not (hasattr(cache, "append") and hasattr(cache, "commit")):
-            raise TypeError(f"cache must have append, commit, crop and seen, got "
-                            f"{type(cache).__name__}; a layer takes one cache, and a model a "
-                            f"list with one for each layer")
+        if isinstance(cache, type) or not (hasattr(cache, "append") and hasattr(cache, "commit")):
+            got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
+            raise TypeError(f"cache must have append, commit, crop and seen, got {got}; a layer "
+                            f"takes one cache, and a model a list with one for each layer")
     if torch.compiler.is_compiling():    # a graph that knows them one by one serves no others
         return
     if len(caches) > 1 and len({id(cache) for cache in caches}) < len(caches):
@@ -421,9 +421,15 @@ def own_ways(
         inherited = getattr(type(layer), name) is getattr(MultiHeadAttention, name)
         if not inherited or name in vars(layer):
             return f"a {name} of its own"
-    hooks = not names and (layer._forward_hooks or layer._forward_pre_hooks)
-    return "forward hooks" if hooks else None
+    return "forward hooks" if not names and (layer._forward_hooks or layer._forward_pre_hooks) else None
 
+
+
+def check_unhooked(layer: MultiHeadAttention) -> None:
+    "Raise TypeError for forward pre-hooks on the layer itself, which run in its calls only."
+    if layer._forward_pre_hooks:
+        raise TypeError("the layer has forward pre-hooks, which change what it is given (or bring its "
+                        "weights) in calls, and not here: take them off first")
 
 # %% ../../nbs/03b_layer.ipynb #counts
 def nearest_head_counts(
@@ -432,11 +438,18 @@ def nearest_head_counts(
 ) -> tuple[int | None, int | None]: # the nearest counts below and above that divide it
     """The numbers of heads nearest to `near` that divide `embed_dim`:
     the largest below it and the smallest above it.
+
+    Raises TypeError or ValueError for what is no count, or a width above 2**40.
     """
-    divisors = [h for h in range(1, embed_dim + 1) if embed_dim % h == 0]
-    below = max((h for h in divisors if h < near), default=None)
-    above = min((h for h in divisors if h > near), default=None)
-    return below, above
+    check_count("embed_dim", embed_dim)
+    check_count("near", near)
+    if embed_dim > 2**40:
+        raise ValueError(f"embed_dim {embed_dim} is above 2**40, and no width to be shared out")
+    small = [h for h in range(1, int(embed_dim**0.5) + 1) if embed_dim % h == 0]
+    divisors = {*small, *(embed_dim // h for h in small)}
+    return (max((h for h in divisors if h < near), default=None),
+            min((h for h in divisors if h > near), default=None))
+
 
 # %% ../../nbs/03b_layer.ipynb #fit
 def width_of_a_head(embed_dim: int, num_heads: int) -> int:
@@ -458,11 +471,9 @@ def width_of_a_head(embed_dim: int, num_heads: int) -> int:
 def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs,
                    dtype) -> None:
     "The constructor's arguments, before anything is built."
-    sizes = dict(embed_dim=embed_dim, num_heads=num_heads,
-                 out_dim=out_dim, context_dim=context_dim)
-    for name, value in sizes.items():
-        if value is not None or name in ("embed_dim", "num_heads"):
-            check_count(name, value)
+    sizes = dict(embed_dim=embed_dim, num_heads=num_heads, out_dim=out_dim, context_dim=context_dim)
+    for name in [n for n in sizes if sizes[n] is not None or n in ("embed_dim", "num_heads")]:
+        check_count(name, sizes[name])
     check_flag("bias", bias)
     check_dropout(dropout)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -474,8 +485,15 @@ def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, pl
             raise TypeError(f"{name} is a partial of a module, whose parameters this layer "
                             f"would not train: wrap it in an nn.Module of its own")
     if isinstance(plugs["qk_norm"], nn.Module):
-        raise TypeError("qk_norm makes the norms: "
-                        "pass a class, such as nn.RMSNorm, not a norm")
+        raise TypeError("qk_norm makes the norms: pass a class, such as nn.RMSNorm, not a norm")
+
+
+def _make_norms(qk_norm: Callable[[int], nn.Module] | None, head_dim: int, like: Tensor) -> tuple:
+    "The norm of queries and that of keys, in the dtype and on the device of `like`."
+    norms = [qk_norm and qk_norm(head_dim) for _ in range(2)]
+    if qk_norm is not None and not all(isinstance(norm, nn.Module) for norm in norms):
+        raise TypeError(f"qk_norm must make a module from a width, got {norms[0]!r:.200}")
+    return tuple(norm and norm.to(like) for norm in norms)
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-call
@@ -508,20 +526,19 @@ def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
     "All tokens of a call, that keys have something to be made of, and where they stand."
     check_projectable("x", x, "in_proj", layer.in_proj)
     if context is None and layer.context_proj is not None:
-        width = getattr(layer.context_proj, "in_features", "its own")
-        raise ValueError(f"keys need a context of width {width}: pass context=")
+        raise ValueError(f"keys need a context of width "
+                         f"{getattr(layer.context_proj, 'in_features', 'its own')}: pass context=")
     answer = "in_proj" if layer.context_proj is None else "context_proj"
     if context is not None:
         check_projectable("context", context, answer, getattr(layer, answer))
-        if len(x) != len(context):
-            raise ValueError(f"batch differs: query {len(x)}, "
-                             f"key {len(context)} (x, context)")
+        if is_certain(x.size(0) != context.size(0)):    # not len: it would fix an open batch
+            raise ValueError(f"batch differs: query {len(x)}, key {len(context)} (x, context)")
     if type(offset) is not int:    # asked for by hand, or a cache's
         check_offset(offset, x)
     if value is not None:
         check_projectable("value", value, answer, getattr(layer, answer))
         needed = (x if context is None else context).shape[:2]
-        if value.shape[:2] != needed:
+        if any(is_certain(value.size(axis) != needed[axis]) for axis in (0, 1)):
             raise ValueError(f"value has shape {tuple(value.shape)}; needed: one for each "
                              f"key, (batch, length) = {tuple(needed)}")
 
@@ -530,14 +547,12 @@ def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
 def check_key_mask(key_mask: Tensor, tokens: Tensor) -> None:
     check_tensor("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask has dtype {key_mask.dtype}; "
-                        f"it must be torch.bool, True = a real token")
+        raise TypeError(f"key_mask has dtype {key_mask.dtype}; it must be torch.bool, True = a real token")
     if key_mask.shape != tokens.shape[:2]:
-        raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; "
-                         f"needed: (batch, length) = {tuple(tokens.shape[:2])}")
+        raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}; needed: (batch, length) = "
+                         f"{tuple(tokens.shape[:2])}")
     if key_mask.device != tokens.device:
-        raise ValueError(f"device differs: key_mask {key_mask.device}, "
-                         f"tokens {tokens.device}")
+        raise ValueError(f"device differs: key_mask {key_mask.device}, tokens {tokens.device}")
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks-check-linear
 def _check_linear(weights: Tensor, v: Tensor, y: Tensor) -> None:

@@ -25,16 +25,31 @@ def split_heads(
 ) -> Float[Tensor, "b h n d"]:      # one matrix per head; shares memory with `x`
     """The stripes of `x`, one per head: a view, no number moves.
 
-    Raises RuntimeError where `num_heads` does not divide the width.
+    Raises RuntimeError where `num_heads` does not divide the width, TypeError or ValueError
+    for another number of axes, and for no count.
     """
+    _check_axes(x, 3, "(batch, length, heads times width)")
+    if not isinstance(num_heads, torch.SymInt):
+        check_count("num_heads", num_heads)
     return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 # %% ../../nbs/03a_weight_split.ipynb #merge
 def merge_heads(
     x: Float[Tensor, "b h n d"],    # one matrix per head
 ) -> Float[Tensor, "b n hd"]:       # one row per token, all heads side by side
-    "The inverse of `split_heads`: a view where the memory allows it, a copy elsewhere."
+    """The inverse of `split_heads`: a view where the memory allows it, a copy elsewhere.
+
+    Raises TypeError or ValueError for another number of axes.
+    """
+    _check_axes(x, 4, "(batch, heads, length, width)")
     return x.transpose(1, 2).flatten(2)
+
+
+def _check_axes(x: Tensor, count: int, axes: str) -> None:
+    "Raise TypeError for what is no tensor, ValueError for one of other axes."
+    check_tensor("x", x)
+    if x.dim() != count:
+        raise ValueError(f"x has shape {tuple(x.shape)}; needed: {axes}")
 
 # %% ../../nbs/03a_weight_split.ipynb #layout
 @dataclass(frozen=True)
@@ -57,9 +72,8 @@ class HeadLayout:
         for name, value in vars(self).items():
             check_count(name, value)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} cannot be grouped under "
-                             f"num_kv_heads {self.num_kv_heads}: "
-                             f"the second number must divide the first")
+            raise ValueError(f"num_heads {self.num_heads} cannot be grouped under num_kv_heads "
+                             f"{self.num_kv_heads}: the second number must divide the first")
 
     def __iter__(self) -> Iterator[int]:
         return iter((self.num_heads, self.num_kv_heads, self.head_dim))
@@ -75,16 +89,14 @@ class HeadLayout:
         part: str,   # "q", "k", "v", or "o" for the columns of the output projection
     ) -> int:
         "How many heads a part has."
-        return {"q": self.num_heads, "k": self.num_kv_heads,
-                "v": self.num_kv_heads, "o": self.num_heads}[part]
+        return {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads, "o": self.num_heads}[part]
 
     def width(
         self,
         part: str,   # "q", "k", "v" or "o"
     ) -> int:
         "How many rows a head of a part has; for o, how many columns."
-        return {"q": self.head_dim, "k": self.head_dim,
-                "v": self.value_dim, "o": self.value_dim}[part]
+        return {"q": self.head_dim, "k": self.head_dim, "v": self.value_dim, "o": self.value_dim}[part]
 
     def rows(
         self,
@@ -141,13 +153,10 @@ class StackedProjections(nn.Module):
     ):
         super().__init__()
         self.layout, options = layout, dict(device=device, dtype=dtype)
-        q_rows, *kv_rows = layout.sizes
-        stacked = 0 if context_dim else sum(kv_rows)
-        self.in_proj = nn.Linear(embed_dim, q_rows + stacked, bias, **options)
-        self.context_proj = (
-            nn.Linear(context_dim, sum(kv_rows), bias, **options) if context_dim else None)
-        read = layout.num_heads * layout.value_dim
-        self.out_proj = nn.Linear(read, out_dim, bias, **options)
+        _, *kv_rows = layout.sizes
+        self.in_proj = nn.Linear(embed_dim, sum(layout.sizes[:1 if context_dim else 3]), bias, **options)
+        self.context_proj = (nn.Linear(context_dim, sum(kv_rows), bias, **options) if context_dim else None)
+        self.out_proj = nn.Linear(layout.num_heads * layout.value_dim, out_dim, bias, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -161,8 +170,7 @@ class StackedProjections(nn.Module):
 
     def parts(self) -> dict[str, str]:
         "Which parts stand in which projection, in the order of its rows; `o` in columns."
-        stacked = dict(in_proj="qkv") if self.context_proj is None else dict(
-            in_proj="q", context_proj="kv")
+        stacked = dict(in_proj="qkv") if self.context_proj is None else dict(in_proj="q", context_proj="kv")
         return stacked | dict(out_proj="o")
 
     def place(
@@ -402,8 +410,7 @@ def project_heads(layer: StackedProjections, x: Tensor, context: Tensor | None,
     if layer.context_proj is not None:
         name, proj, known = "context_proj", layer.context_proj, None
     k = own if keys is known else cut_heads(layer, name, proj(keys))
-    v = k if values is keys else own if values is known else (
-        cut_heads(layer, name, proj(values)))
+    v = k if values is keys else own if values is known else (cut_heads(layer, name, proj(values)))
     return own[0], k[-2], v[-1]
 
 

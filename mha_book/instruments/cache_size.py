@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..heads.single_head import check_count
+from ..heads.single_head import check_count, is_whole
 from ..heads.weight_split import HeadLayout
 
 # %% ../../nbs/10b_decoding.ipynb #cache-bytes
@@ -29,10 +29,12 @@ def cache_bytes(
 
     Raises TypeError or ValueError for what is no count.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be one of torch's, got {dtype!r}")
     value_dim = head_dim if value_dim is None else value_dim
     counts = dict(num_kv_heads=num_kv_heads, head_dim=head_dim, seq_len=seq_len,
                   batch_size=batch_size, num_layers=num_layers)
-    counts |= {} if value_dim == 0 else dict(value_dim=value_dim)
+    counts |= {} if is_whole(value_dim) and value_dim == 0 else dict(value_dim=value_dim)
     counts |= {} if window is None else dict(window=window)
     for name, value in counts.items():
         check_count(name, value)

@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..heads.head_counts import check_unsharded
 from ..heads.layer import MultiHeadAttention
 from ..heads.single_head import causal_mask, join_masks
 from ..heads.weight_split import StackedProjections, no_rows
@@ -56,8 +57,7 @@ def backward_graph(
             if other is not None and other not in places:
                 places[other] = len(steps)
                 steps.append(other)
-    return [Node(called.get(getattr(step, "variable", None), step.name()),
-                 _is_view(step.name()),
+    return [Node(called.get(getattr(step, "variable", None), step.name()), _is_view(step.name()),
                  tuple(places[other] for other, _ in step.next_functions if other))
             for step in steps]
 
@@ -101,8 +101,7 @@ class GradientReport:
     @property
     def not_finite(self) -> tuple[Gradient, ...]:
         "All that hold a NaN or an infinity, heads first."
-        return tuple(row for row in self.heads + self.parameters
-                     if row.norm and row.reason is not None)
+        return tuple(row for row in self.heads + self.parameters if row.norm and row.reason is not None)
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.parameters)
@@ -122,8 +121,7 @@ def _head_lines(rows: tuple[Gradient, ...]) -> Iterator[str]:
         norms = {(row.part, row.head): row.norm for row in rows if row.name == name}
         yield f"{name or 'the layer'}\n  head" + "".join(f"{part:>9}" for part in "qkvo")
         for head in range(1 + max(head for _, head in norms)):
-            cells = (_cell(norms[part, head]) if (part, head) in norms else " " * 9
-                     for part in "qkvo")
+            cells = (_cell(norms[part, head]) if (part, head) in norms else " " * 9 for part in "qkvo")
             yield f"  {head:4}{''.join(cells)}".rstrip()
 
 # %% ../../nbs/05_gradients.ipynb #report-reasons
@@ -367,8 +365,7 @@ class _Inquiry:
         own = type(layer).forward is MultiHeadAttention.forward and calls.get(layer)
         if own and not any(_sees(layer, *args, **kwargs)[head] for args, kwargs in own):
             return "masked everywhere: no query of this head may look at any key"
-        merged = [args[0].unflatten(-1, (h, -1))[..., head, :]
-                  for args, _ in calls.get(layer.out_proj, ())]
+        merged = [args[0].unflatten(-1, (h, -1))[..., head, :] for args, _ in calls.get(layer.out_proj, ())]
         if not merged or any(z.any() for z in merged):
             return None
         return (self.cut(q + k + v, "overwritten")
@@ -405,36 +402,42 @@ def gradient_report(
     A way that leaves torch, by `.numpy()` or `.item()`, is not followed. Layers whose
     weights are computed from others (adapters, weight norm) have no rows for heads, and
     stand in `.without` with the reason.
-    Raises TypeError where `loss` is or gives no tensor,
+    Raises TypeError where `loss` is or gives no tensor, or `module` is none or sharded,
     ValueError where that is no scalar, `module` has no parameters,
     or the way back leads through a reentrant checkpoint.
     """
-    faults = {name: no_rows(layer) for name, layer in module.named_modules()
-              if isinstance(layer, StackedProjections)}
+    _check_module(module)
+    faults = {name: no_rows(layer) for name, layer in module.named_modules() if isinstance(layer, StackedProjections)}
     layers = {name: module.get_submodule(name) for name in faults if not faults[name]}
     with _as_it_was(module):
         watched = _watch(layers.values(), loss) if callable(loss) else (loss, [], None)
-        _check_report(module, watched[0])
+        _check_loss(watched[0])
         inquiry = _Inquiry(module, *watched)
         heads = [row for item in layers.items() for row in _head_rows(inquiry, *item)]
         owner = {p: dict(layer=layer, heads=range(layer.layout.num_heads))
                  for layer in layers.values() for part in "qkvo"
                  for p, _ in _pieces(layer, part, 0)}
-        parameters = [inquiry.row(name, [(p, ...)], **owner.get(p, {}))
-                      for name, p in module.named_parameters()]
-    return GradientReport(tuple(heads), tuple(parameters),
-                          tuple(item for item in faults.items() if item[1]))
+        parameters = [inquiry.row(name, [(p, ...)], **owner.get(p, {})) for name, p in module.named_parameters()]
+    without = tuple(item for item in faults.items() if item[1])
+    return GradientReport(tuple(heads), tuple(parameters), without)
 
 
 # %% ../../nbs/05_gradients.ipynb #check-module
-def _check_report(module: nn.Module, value: Tensor) -> None:
+def _check_module(module: nn.Module) -> None:
+    "What is to be reported on, before `loss` is computed."
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    check_unsharded(dict(module.named_parameters()))
     if next(module.parameters(), None) is None:
         raise ValueError(f"{type(module).__name__} has no parameters: nothing to report on")
+
+
+def _check_loss(value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"loss must be, or return, a tensor; got {type(value).__name__}")
     if value.dim() != 0:
-        raise ValueError(f"loss has shape {tuple(value.shape)}; gradients start from a "
-                         f"scalar: take .sum() or .mean()")
+        raise ValueError(f"loss has shape {tuple(value.shape)}; gradients start from a scalar: "
+                         f"take .sum() or .mean()")
     steps = backward_graph(value) if value.grad_fn is not None else []
     if any(step.name == "CheckpointFunctionBackward" for step in steps):
         raise ValueError("loss goes through a reentrant checkpoint, into which this report "

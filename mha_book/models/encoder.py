@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..heads.layer import MultiHeadAttention, check_key_mask
-from ..heads.single_head import check_tensor, is_number, is_whole
+from ..heads.single_head import check_tensor, check_whole, is_number, is_whole
 from ..instruments.device import pick_device
 
 # %% ../../nbs/21_pretrained.ipynb #model-dir
@@ -276,11 +276,13 @@ class Encoder(nn.Module):
         ids: Int[Tensor, "b n"],                      # token numbers
         key_mask: Bool[Tensor, "b n"] | None = None,  # True = a real token
     ) -> list[Float[Tensor, "b n e"]]:                # before the first layer, and after each
-        "All hidden states; ValueError where a row is longer than the position table."
+        "All hidden states; ValueError where a row is longer than the position table, or no row."
+        check_whole("ids", ids)
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; needed: (batch, length)")
         n = ids.shape[1]
         if n > self.config.max_len:
-            raise ValueError(f"{n} tokens, "
-                             f"but the model has positions for {self.config.max_len}")
+            raise ValueError(f"{n} tokens, but the model has positions for {self.config.max_len}")
         x = self.word(ids) + self.position.weight[:n] + self.segment.weight[0]
         states = [self.norm(x)]
         for layer in self.layers:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..heads.dialects import convert_weights
 from ..heads.layer import Cache, MultiHeadAttention, commit_once
-from ..heads.single_head import is_whole
+from ..heads.single_head import check_whole, is_whole
 from ..heads.weight_split import HeadLayout
 from ..instruments.device import pick_device
 from .encoder import _need, check_digest, check_tensors, package_file
@@ -223,6 +223,9 @@ class LanguageModel(nn.Module):
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"{len(cache)} caches for {len(self.layers)} layers; "
                              f"make them with new_cache")
+        check_whole("ids", ids)
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; needed: (batch, length)")
         if cache is None:
             self.check_length(ids.shape[1])
         x = self.word(ids)
@@ -351,6 +354,7 @@ def generate(
 def _check_prompt(model: LanguageModel, ids: Tensor, max_new_tokens: int,
                   key_mask: Tensor | None, stop: int | None) -> None:
     "What `generate` is given, before anything is computed."
+    check_whole("ids", ids)
     if max_new_tokens < 1 or 0 in ids.shape:
         raise ValueError(f"{max_new_tokens} new tokens after prompts of shape "
                          f"{tuple(ids.shape)}: both need at least one")

@@ -49,8 +49,7 @@ class KVCache:
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         value_dim = head_dim if value_dim is None else value_dim
-        _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window,
-                     keep_first)
+        _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window, keep_first)
         self.max_len, self.window, self.keep_first = max_len, window, keep_first
         # what is kept of a row: all, or what the next query sees beside itself
         self.most = max_len if window is None else keep_first + window - 1
@@ -86,8 +85,7 @@ class KVCache:
         call = Call.of(k.shape[2], key_mask)
         longest = self._longest(call)
         if call.ragged or call.n > self.slots.room or torch.is_grad_enabled():
-            laid_out = shown = [call.arrange(old, new)
-                                for old, new in zip(self.slots.filled(), (k, v))]
+            laid_out = shown = [call.arrange(old, new) for old, new in zip(self.slots.filled(), (k, v))]
         else:
             laid_out, shown = None, self.slots.write(k, v)
         self._pending = call, longest, laid_out
@@ -118,7 +116,7 @@ class KVCache:
         Raises TypeError or ValueError for what is no length, and ValueError where a row would
         need tokens that its window has given up. Then nothing changes.
         """
-        if self.window is None and not self.ragged and is_whole(length) and length >= 0:
+        if self.window is None and not self.ragged and is_whole(length) and 0 <= length < 2**62:
             self.slots.keep(length)    # all rows alike: nothing moves, and nobody waits
             self.seen, self._pending = self.seen.clamp(max=length), None
             return
@@ -356,8 +354,7 @@ class Slots:
         device: torch.device | str | None, dtype: torch.dtype | None,
     ):
         with torch.inference_mode(False):    # so that any later call may write
-            self.k, self.v = (torch.empty(shape, device=device, dtype=dtype)
-                              for shape in shapes)
+            self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
         self.clear()
 
     def clear(self) -> None:
@@ -516,6 +513,9 @@ def _check_kind(name: str, new: Tensor, buffer: Tensor) -> None:
     if new.dtype != buffer.dtype:
         raise TypeError(f"dtype differs: cache {buffer.dtype}, {name} {new.dtype}; make the "
                         f"cache with dtype={new.dtype} (under autocast: what it computes in)")
+    if new.is_meta != buffer.is_meta:
+        raise ValueError(f"device differs: cache {buffer.device}, {name} {new.device}; on meta "
+                         f"there are no numbers to keep or to read")
     if new.device != buffer.device:
         raise ValueError(f"device differs: cache {buffer.device}, {name} {new.device}; make "
                          f"the cache with device={str(new.device)!r}")
@@ -540,8 +540,7 @@ def check_rows(rows: Tensor, count: int, device: torch.device) -> None:
     "Raise unless `rows` is a list of some of `count` rows, on `device`."
     _check_whole_numbers("rows", rows, device)
     if rows.dim() != 1 or not len(rows):
-        raise ValueError(f"rows has shape {tuple(rows.shape)}; needed: one axis, at least one "
-                         f"row")
+        raise ValueError(f"rows has shape {tuple(rows.shape)}; needed: one axis, at least one row")
     if rows.min() < 0 or rows.max() >= count:
         raise IndexError(f"rows {rows.tolist()} of a cache that has {count}, 0 to {count - 1}")
 
@@ -597,7 +596,7 @@ def cropped_length(
         if not is_whole(length):
             raise TypeError(f"length must be an int, or an int tensor with one for each row, "
                             f"got {length!r} of type {type(length).__name__}")
-        length = torch.full_like(seen, length)
+        length = torch.full_like(seen, max(-2**62, min(length, 2**62)))
     _check_whole_numbers("length", length, seen.device)
     if length.shape != seen.shape:
         raise ValueError(f"length has shape {tuple(length.shape)}; needed: (batch,) = "
@@ -715,7 +714,8 @@ class ContextCache:
         length: int | Int[Tensor, "b"],   # of the text; 0 forgets the context as well
     ) -> None:
         "Tokens that are taken back are the text's; the context stays, unless all are."
-        if self.k is not None and not cropped_length(length, self.seen).any():
+        seen = torch.zeros(1, dtype=torch.int64) if self.k is None else self.seen
+        if not cropped_length(length, seen).any() and self.k is not None:
             self.reset()
         self._pending = None
 

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..heads.head_counts import check_layer
 from mha_book.heads.layer import (
     Attend,
     AttendOptions,
     MultiHeadAttention,
     check_key_mask,
+    check_unhooked,
     own_ways,
     width_of_a_head,
 )
@@ -53,8 +55,11 @@ def largest_logits(
 
     After norm and position, before all that `attend` does: a scale or window that is bound
     there is to be given here. At least float32, under autocast too; a head that sees no
-    key has 0. Holds the whole b h n m matrix. Raises as the layer and `attention` do.
+    key has 0. Holds the whole b h n m matrix. Raises as the layer and `attention` do, and
+    TypeError for forward pre-hooks on the layer, which would change what it is given.
     """
+    check_layer(layer)
+    check_unhooked(layer)
     q, k, _ = layer.qkv(x, context)
     q, k = (t.to(float32_at_least(t.dtype)) for t in (q, k))
     if key_mask is not None:
@@ -233,7 +238,7 @@ def qk_clip_(
     """
     _check_clip(layer, largest, threshold)
     h, g, d = layer.layout
-    largest = largest.to(float32_at_least(largest.dtype))
+    largest, threshold = largest.to(float32_at_least(largest.dtype)), float(threshold)
     factors = torch.where(largest > threshold, threshold / largest, 1.0)
     if (factors == 1).all():    # nothing is touched, so that a pending backward may go on
         return factors
@@ -249,6 +254,8 @@ def qk_clip_(
 # %% ../../nbs/13a_logits.ipynb #clip-checks
 def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) -> None:
     "All arguments, before anything is changed."
+    check_layer(layer)
+    check_unhooked(layer)
     if layer.q_norm is not None or layer.k_norm is not None:
         raise ValueError("the layer has qk_norm, which undoes what is done to the rows "
                          "before it: hold the logits by the norm or by the clip")
@@ -266,6 +273,9 @@ def _check_clip(layer: MultiHeadAttention, largest: Tensor, threshold: float) ->
 def _check_sizes(largest: Tensor, shape: tuple[int], device: torch.device) -> None:
     "Raise unless they are the sizes of logits, one a query head."
     check_floats("largest", largest)
+    if largest.is_meta or device.type == "meta":
+        raise ValueError(f"largest is on {largest.device}, the weights on {device}; on meta "
+                         f"there are no numbers to compare or to shrink")
     if largest.shape != shape or largest.device != device:
         raise ValueError(f"largest of shape {tuple(largest.shape)} on {largest.device}; "
                          f"needed: {shape}, one a query head, on {device}")

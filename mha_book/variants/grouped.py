@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import check_answers, with_heads
+from ..heads.head_counts import check_answers, check_layer, with_heads
 from ..heads.layer import MultiHeadAttention
-from ..heads.single_head import check_count, check_inputs, float32_at_least, fused_attend
+from ..heads.single_head import check_count, check_floats, check_inputs, float32_at_least, fused_attend
 from ..heads.weight_split import HeadLayout, not_plain
 
 # %% ../../nbs/16_grouped.ipynb #repeat
@@ -28,6 +28,7 @@ def repeat_kv_heads(
     Raises TypeError or ValueError where `num_kv_heads` is no such number, the projections
     have no rows of their own, or a plug counts key-value heads.
     """
+    check_layer(layer)
     check_count("num_kv_heads", num_kv_heads)
     h, g, _ = layer.layout
     if num_kv_heads % g or h % num_kv_heads:
@@ -105,6 +106,7 @@ def mean_kv_heads(
 # %% ../../nbs/16_grouped.ipynb #group-size
 def _group_size(layer: MultiHeadAttention, num_kv_heads: int) -> int:
     "Key-value heads of `layer` for each of `num_kv_heads`, or ValueError."
+    check_layer(layer)
     check_count("num_kv_heads", num_kv_heads)
     g = layer.layout.num_kv_heads
     if g % num_kv_heads:
@@ -125,6 +127,7 @@ def rotate_kv_heads(
     Raises ValueError for matrices that are no rotations (or reflections) of the layer's
     heads, and where something stands in between that does not turn with them.
     """
+    check_layer(layer)
     if fault := not_plain(layer):
         raise TypeError(fault)
     for name, turns in (("keys", keys), ("values", values)):
@@ -156,6 +159,9 @@ def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
     if not isinstance(turns, Tensor) or not turns.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, one matrix a head; got "
                         f"{getattr(turns, 'dtype', turns)!r}")
+    if turns.is_meta != layer.out_proj.weight.is_meta:
+        raise ValueError(f"{name} on {turns.device}, weights on {layer.out_proj.weight.device}: "
+                         f"on meta there are no numbers to turn")
     if turns.shape != (g, d, d) or turns.device != layer.out_proj.weight.device:
         raise ValueError(f"{name} of shape {tuple(turns.shape)} on {turns.device}; needed: "
                          f"({g}, {d}, {d}) on {layer.out_proj.weight.device}")
@@ -244,7 +250,8 @@ def _rows_of(layer: MultiHeadAttention, part: str) -> tuple[Tensor, Tensor | Non
 
 # %% ../../nbs/16_grouped.ipynb #align-check
 def _check_x(x: Tensor, proj: nn.Linear) -> None:
-    "Refuse tokens of another width or device, or none."
+    "Refuse tokens of another kind, width or device, or none."
+    check_floats("x", x)
     if x.dim() < 2 or x.shape[-1] != proj.in_features or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; needed: tokens of width "
                          f"{proj.in_features}, what keys are made of, and at least one")

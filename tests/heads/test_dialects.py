@@ -1017,7 +1017,7 @@ class TestBadWeights:
         with refused(ValueError, dialect):
             from_state_dict(random_state(), GROUPED, dialect)
 
-    @pytest.mark.parametrize("d, width", [(5, None), (8, 3), (8, 10), (8, 0), (8, -2)])
+    @pytest.mark.parametrize("d, width", [(5, None), (8, 3), (8, 10)])
     def test_pairs_that_a_head_has_not(self, d, width):
         own, heads = replace(DIALECTS["gguf"], rotary_dim=width), HeadLayout(6, 3, d)
         with refused(ValueError, "rotary_dim", str(d if width is None else width), str(d), "even"):
@@ -1120,3 +1120,35 @@ def test_an_answer_with_nan_is_refused():
     y[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         guess_dialect(layer.state_dict(), layer.layout, x, y)
+
+
+# Adapters, shards and rows in pairs
+
+
+@pytest.mark.parametrize("name", ["q_proj.lora_A.default.weight", "adapter.down.weight", "q_proj.base_layer.scale"])
+def test_an_adapter_is_to_be_merged_not_ignored(name):
+    weights = convert_weights(MultiHeadAttention(s.e, s.h, head_dim=s.d).state_dict(), "stacked", "separate", EQUAL)
+    with pytest.raises(ValueError, match="merge the adapter") as caught:
+        from_state_dict(weights | {name: torch.ones(2, s.e)}, EQUAL, "separate")
+    assert name in str(caught.value) and "ignore" not in str(caught.value)
+    with refused(ValueError, f"ignore=('other.{name[-5:]}',)"):
+        from_state_dict(weights | {f"other.{name[-5:]}": torch.ones(2, s.e)}, EQUAL, "separate")
+
+
+def test_weights_that_devices_share_are_gathered_first():
+    class Shared(nn.Parameter):
+        def full_tensor(self):
+            return self
+
+    state = MultiHeadAttention(s.e, s.h, head_dim=s.d).state_dict()
+    for read in (from_state_dict, partial(convert_weights, source="stacked", target="separate", heads=EQUAL)):
+        with refused(TypeError, "in_proj.bias is sharded", "full_tensor"):
+            args = (EQUAL,) if read is from_state_dict else ()
+            read(state | {"in_proj.bias": Shared(state["in_proj.bias"])}, *args)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", [-2, -1, 0, True, 2.0])
+def test_rows_in_pairs_are_counted(wrong):
+    with refused((TypeError, ValueError), "rotary_dim"):
+        replace(DIALECTS["gguf"], rotary_dim=wrong)

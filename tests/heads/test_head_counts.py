@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from mha_book import (
     ALiBi,
+    HeadList,
     HeadTemperature,
     MultiHeadAttention,
     OutputGate,
@@ -20,6 +21,7 @@ from mha_book import (
     attention,
     fused_attend,
     gradient_report,
+    largest_logits,
     mean_kv_heads,
     pad_heads,
     qk_clip_,
@@ -459,3 +461,82 @@ def test_a_layer_cut_between_heads_is_the_sum_of_its_shares():
         out.weight = nn.Parameter(out.weight.chunk(p, 1)[device])
         shares.append(share(x, is_causal=True) - out.bias)
     close(sum(shares) + layer.out_proj.bias, layer(x, is_causal=True))
+
+
+# What is no layer, and what a copy would share
+
+CHANGES = {
+    "pad_heads": lambda layer: pad_heads(layer, 2 * s.h),
+    "with_heads": lambda layer: with_heads(layer, HeadLayout(s.h, s.g, s.d), lambda part, heads: heads),
+    "separate_projections": separate_projections,
+    "stack_projections": stack_projections,
+    "repeat_kv_heads": lambda layer: repeat_kv_heads(layer, s.h),
+    "mean_kv_heads": lambda layer: mean_kv_heads(layer, 1),
+    "rotate_kv_heads": rotate_kv_heads,
+    "align_kv_heads": lambda layer: align_kv_heads(layer, 1),
+}
+READS = {
+    "qk_clip_": lambda layer: qk_clip_(layer, torch.ones(s.h, **float64), 2.0),
+    "largest_logits": lambda layer: largest_logits(layer, tokens()),
+}
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("name", CHANGES | READS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+def test_what_is_no_layer_is_refused_by_its_name(name):
+    call, foreign = (CHANGES | READS)[name], nn.MultiheadAttention(s.h * s.d, s.h)
+    for wrong in (None, build, nn.Linear(s.e, s.e), HeadList(s.e, s.h, s.d)):
+        with refused(TypeError, "layer must be a MultiHeadAttention", type(wrong).__name__):
+            call(wrong)
+    with refused(TypeError, "MultiheadAttention", "from_torch(layer)"):
+        call(foreign)
+    for wrapped, way in ((nn.DataParallel(build()), "layer.module"), (torch.compile(build()), "layer._orig_mod")):
+        with refused(TypeError, "layer must be a MultiHeadAttention", way):
+            call(wrapped)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("method", ["forward", "qkv"])
+def test_a_method_that_a_copy_would_share_is_refused(name, method):
+    layer = build()
+    own = getattr(layer, method)
+    setattr(layer, method, lambda *args, **options: own(*args, **options))
+    with refused(TypeError, f"a {method} of its own that a copy would share"):
+        CHANGES[name](layer)
+
+
+def bring(layer, _):
+    "As an offloading library does: the numbers come when the layer is called."
+    for name, numbers in layer.numbers.items():
+        module, _, kind = name.rpartition(".")
+        setattr(layer.get_submodule(module), kind, nn.Parameter(numbers))
+
+
+@pytest.mark.parametrize("function", [separate_projections, stack_projections, partial(pad_heads, num_heads=2 * s.h)])
+def test_weights_that_hooks_bring_are_not_cut(function):
+    layer = build()
+    x, layer.numbers = tokens(), {name: p.detach().clone() for name, p in layer.named_parameters()}
+    wanted = layer(x)
+    if function is stack_projections:
+        layer = separate_projections(layer)
+    layer.to("meta").register_forward_pre_hook(bring)
+    with refused(ValueError, "forward hooks"):
+        function(layer)
+    if function is not stack_projections:
+        close(layer(x), wanted)
+    assert function(build().to("meta")).out_proj.weight.is_meta
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_tokens_to_align_on_are_a_tensor():
+    with refused(TypeError, "x must be a torch.Tensor", "torch.from_numpy"):
+        align_kv_heads(build(), 1, tokens().numpy())
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_rotations_without_numbers_say_so():
+    with refused(ValueError, "keys on meta", "no numbers"):
+        rotate_kv_heads(build(), torch.eye(s.d, **float64).expand(s.g, -1, -1).to("meta"))
+    with refused(ValueError, "keys on cpu", "weights on meta", "no numbers"):
+        rotate_kv_heads(build().to("meta"), torch.eye(s.d, **float64).expand(s.g, -1, -1))

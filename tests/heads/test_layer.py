@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from mha_book.heads.layer import MultiHeadAttention, commit_once
+from mha_book.heads.head_list import HeadList
+from mha_book.heads.layer import MultiHeadAttention, commit_once, nearest_head_counts
 from mha_book.heads.masks import from_torch, to_torch
-from mha_book.heads.weight_split import HeadLayout
+from mha_book.heads.weight_split import HeadLayout, merge_heads, split_heads
 from mha_book.instruments.testing import SIZES as s
 from mha_book.kernels.backends import attention
 from mha_book.plugs.cache import KVCache
@@ -845,3 +846,81 @@ def test_a_call_that_fails_late_keeps_nothing():
 def test_a_layer_is_copied_with_its_sockets():
     layer, x = build(finish=lambda heads, x: heads * 2), tokens()
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+# What only calls go through, and what an open batch leaves open
+
+
+def test_numbers_that_a_pre_hook_would_change_are_not_given():
+    layer, x = build(), tokens()
+    map_of, sizes = layer.attention_map(x), largest_logits(layer, x)
+    hook = layer.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    before = [p.clone() for p in layer.parameters()]
+    for call in (layer.attention_map, partial(largest_logits, layer), lambda _: qk_clip_(layer, sizes, 1e-3)):
+        with refused(TypeError, "forward pre-hooks", "take them off"):
+            call(x)
+    assert all(map(torch.equal, before, layer.parameters()))
+    hook.remove()
+    layer.register_forward_hook(lambda module, args, y: None)  # runs when all is computed
+    close(layer.attention_map(x), map_of)
+    close(largest_logits(layer, x), sizes)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("makes", [lambda d: None, lambda d: torch.ones(d), lambda d: nn.RMSNorm], ids=str)
+def test_a_norm_is_a_module(makes):
+    with refused(TypeError, "qk_norm must make a module"):
+        build(qk_norm=makes)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("kind", [KVCache, PagedCache])
+def test_the_class_of_a_cache_is_no_cache(kind):
+    layer, x = build(), tokens()
+    for call in (layer, layer.attention_map):
+        with refused(TypeError, "cache must have", f"the class {kind.__name__}"):
+            call(x, cache=kind)
+    with refused(TypeError, f"the class {kind.__name__}"), commit_once(kind):
+        pass
+
+
+@pytest.mark.parametrize("embed_dim, near", [(360, 7), (97, 3), (49, 7), (2**40, 3), (1, 1), (12, 100)])
+def test_the_nearest_counts_divide(embed_dim, near):
+    below, above = nearest_head_counts(embed_dim, near)
+    small = range(1, min(embed_dim, 5000) + 1)
+    assert below == max((h for h in small if h < near and embed_dim % h == 0), default=None)
+    assert above == min((h for h in small if h > near and embed_dim % h == 0), default=None)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", [(0, 3), (-16, 3), (2**70, 3), (16, 0), (16, 2.5), (16.0, 3), (True, 3), (16, None)])
+def test_counts_near_none_are_refused(wrong):
+    with refused((TypeError, ValueError), "embed_dim" if wrong[0] != 16 or type(wrong[0]) is float else "near"):
+        nearest_head_counts(*wrong)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_heads_are_cut_from_three_axes_and_merged_from_four():
+    for call, wrong in (
+        (partial(split_heads, num_heads=2), [torch.ones(6), torch.ones(5, 6), torch.ones(2, 3, 5, 6)]),
+        (merge_heads, [torch.ones(5, 6), torch.ones(2, 5, 6), torch.ones(1, 2, 3, 5, 6)]),
+    ):
+        for x in wrong:
+            with refused(ValueError, f"x has shape {tuple(x.shape)}", "needed: (batch"):
+                call(x)
+        with refused(TypeError, "x must be a torch.Tensor"):
+            call(None)
+    for count, error in ((0, ValueError), (-2, ValueError), (2.0, TypeError), (True, TypeError)):
+        with refused(error, "num_heads"):
+            split_heads(torch.ones(2, 5, 6), count)
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_a_list_of_heads_says_what_it_takes():
+    heads = HeadList(s.e, s.h, s.d)
+    for x, error in ((torch.ones(2, 5, s.e + 1), ValueError), (torch.ones(5, s.e), ValueError), (tokens(), TypeError)):
+        with refused(error, "x"):
+            heads(x)
+    for wrong in ((s.e, s.h, s.d, "no"), (0, s.h), (None, s.h), (-s.h, s.h)):
+        with pytest.raises((TypeError, ValueError), match="embed_dim|bias"):
+            HeadList(*wrong)

@@ -81,3 +81,9 @@ def test_a_models_values_are_as_wide_as_its_layout_says():
     layout = HeadLayout(6, 3, 8, 5)
     assert Model(4, layout).cache_bytes(7, 2) == cache_bytes(4, 3, 8, 7, 2, value_dim=5)
     assert Model(4, layout, value_dim=0).cache_bytes(7) == cache_bytes(4, 3, 8, 7, value_dim=0)
+
+
+@pytest.mark.parametrize("wrong", [dict(dtype="float16"), dict(dtype=None), dict(value_dim=False), dict(value_dim=0.0)])
+def test_bytes_need_a_dtype_and_counts(wrong):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        cache_bytes(1, 1, 8, 4, **wrong)

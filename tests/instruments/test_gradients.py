@@ -17,6 +17,7 @@ from mha_book.heads.weight_split import StackedProjections
 from mha_book.instruments.gradients import _is_view, backward_graph, gradient_report
 from mha_book.instruments.testing import SIZES as s
 from mha_book.instruments.testing import reference_attention, saved_tensors
+from support.refusals import refused
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("book")
@@ -981,3 +982,20 @@ def test_a_report_follows_values_of_an_input_and_a_width_of_their_own():
         if row.reason
     }
     assert found.keys() == {("q", 1), ("o", 1)} and all("masked everywhere" in reason for reason in found.values())
+
+
+class Shared(nn.Parameter):
+    "What stands for a DTensor: the numbers of one device, and a way to gather all."
+
+    def full_tensor(self):
+        return self
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_what_is_no_module_or_sharded_is_refused_before_the_loss():
+    layer, asked = MultiHeadAttention(s.e, s.h, head_dim=s.d), []
+    layer.out_proj.weight = Shared(layer.out_proj.weight.detach())
+    for wrong, word in ((None, "NoneType"), (MultiHeadAttention, "type"), (layer, "out_proj.weight is sharded")):
+        with refused(TypeError, word):
+            gradient_report(wrong, lambda: asked.append(1))
+    assert not asked

@@ -322,6 +322,13 @@ if sys.argv[1] != "compile":
     for length in 3, 9, 10, 50:
         x = torch.randn(3, length, 48)
         torch.testing.assert_close(program(x), layer(x))
+    inputs = dict(context=torch.randn(2, 6, 48), value=torch.randn(2, 6, 48))
+    sizes = dict(x={0: b, 1: n}, context={0: b, 1: m}, value={0: b, 1: m})
+    layer = MultiHeadAttention(48, 6).eval()
+    program = torch.export.export(layer, (torch.randn(2, 7, 48),), inputs, dynamic_shapes=sizes,
+                                  strict=sys.argv[1] == "strict").module()
+    x, inputs = torch.randn(5, 3, 48), {name: torch.randn(5, 9, 48) for name in inputs}
+    torch.testing.assert_close(program(x, **inputs), layer(x, **inputs))
 print("agree")
 """
 

@@ -113,7 +113,7 @@ def test_what_is_watched_are_the_layers_own_logits():
     model = CopyModel(TINY, TREATMENTS["qk-norm"].layer)
     tokens, seen = next(sequences(TINY, 0)), []
     for layer in model.layers:
-        layer.register_forward_pre_hook(lambda layer, args: seen.append(largest_logits(layer, *args, is_causal=True)))
+        layer.register_forward_hook(lambda layer, args, _: seen.append(largest_logits(layer, *args, is_causal=True)))
     model(tokens)
     assert len(model.watched()) == len(seen) == 2
     for plug, sizes in zip(model.watched(), seen, strict=True):

@@ -611,3 +611,14 @@ def test_texts_of_the_run(tokenizer):
     assert not torch.equal(repeated[0], repeated[1])
     others = removed_heads.texts(model, tokenizer, 60, 1)["repeated"][1]
     assert not torch.equal(others[0], repeated[0]) and 100 <= torch.cat(others).min() < 150
+
+
+@pytest.mark.usefixtures("own_messages")
+def test_what_are_no_numbers_of_tokens_is_refused_by_name():
+    model, ids = model_of(), tokens(2, 5)
+    for wrong in (ids.tolist(), None, ids.numpy(), ids.float(), ids > 1):
+        for call in (model, lambda ids: next(generate(model, ids, 2))):
+            with pytest.raises(TypeError, match="ids"):
+                call(wrong)
+    with pytest.raises(ValueError, match="ids has shape"):
+        model(ids[0])

@@ -355,3 +355,14 @@ def test_a_cache_with_a_fault_is_noticed(own_messages, monkeypatch, name):
     with pytest.raises(BaseException) as noticed:
         check_all(KVCache)
     assert not isinstance(noticed.value, (NameError, SyntaxError)), noticed.value
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_length_beyond_every_int_keeps_all(window):
+    cache = KVCache(2, 3, 9, 8, window=window)
+    cache.append(torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8))
+    cache.commit()
+    cache.crop(2**70)
+    assert cache.seen.tolist() == [5, 5]
+    with pytest.raises(ValueError, match="length"):
+        cache.crop(-(2**70))

@@ -344,3 +344,11 @@ def test_what_is_kept_is_a_copy():
     with refused(ValueError, "another context", "reset()"):
         layer(x, context, cache=kept)
     close(layer(x, cache=kept), meant)
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("wrong", [None, 1.5, True, -1])
+def test_a_length_is_none_before_the_first_call_either(wrong):
+    with pytest.raises((TypeError, ValueError), match="length"):
+        ContextCache().crop(wrong)
+    ContextCache().crop(2**70)

@@ -195,7 +195,7 @@ REFUSED = {
     "rank": (lambda c: c.append(new()[0], new()[0]), ValueError, ("batch, heads, tokens, width",)),
     "dtype": (lambda c: c.append(new(dtype=torch.float32), new()), TypeError, ("float64", "float32", "dtype=")),
     "value dtype": (lambda c: c.append(new(), new(dtype=torch.half)), TypeError, ("float16", "v ")),
-    "device": (lambda c: c.append(new(device="meta"), new(device="meta")), ValueError, ("cpu", "meta", "device=")),
+    "device": (lambda c: c.append(new(device="meta"), new(device="meta")), ValueError, ("cpu", "meta", "no numbers")),
     "key_mask, dtype": (lambda c: c.append(new(), new(), torch.ones(s.b, 1)), TypeError, ("key_mask", "bool")),
     "key_mask, shape": (
         lambda c: c.append(new(), new(), torch.ones(s.b, 2).bool()),
