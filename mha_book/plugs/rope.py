@@ -305,8 +305,9 @@ def _check_rows(k: Tensor, tables: dict[str, Tensor], turns: int) -> None:
         check_tensor(name, table)
         if not table.is_floating_point():
             raise TypeError(f"{name} has dtype {table.dtype}; needed: floating point")
-        fits = table.dim() == 2 or _are_rows_of(table.shape[:-1], k)
-        if table.dim() not in (2, 3) or table.shape[-1] not in (turns // 2, turns) or not fits:
+        width, fits = table.shape[-1], table.dim() == 2 or _are_rows_of(table.shape[:-1], k)
+        # one by one, for a compiler whose sizes are open
+        if table.dim() not in (2, 3) or width != turns and width != turns // 2 or not fits:
             raise ValueError(f"{name} has shape {tuple(table.shape)}; needed: (places, w) or "
                              f"{(len(k), k.shape[2])} and w, where w is rotary_dim "
                              f"{turns} or half of it")
