@@ -45,17 +45,17 @@ class HeadList(nn.Module):
         is_causal: bool = False,                  # no looking ahead
     ) -> Float[Tensor, "b n e"]:                  # one output a token
         "Run the heads one after another, concatenate, project. ValueError for another width."
-        _check_input(self.out_proj, x)
+        _check_input(self.heads[0].q_proj, x)
         outputs = [head(x, mask=mask, is_causal=is_causal) for head in self.heads]
         return self.out_proj(torch.cat(outputs, dim=-1))
 
 # %% ../../nbs/02_multi_head.ipynb #heads-checks
 def _check_input(proj: nn.Linear, x: Tensor) -> None:
-    "Raise ValueError for tokens of another width than `proj` gives, TypeError for another dtype."
+    "Raise ValueError for tokens of another width than `proj` reads, TypeError for another dtype."
     check_floats("x", x)
-    if x.dim() != 3 or x.shape[2] != proj.out_features:
+    if x.dim() != 3 or x.shape[2] != proj.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; needed: (batch, length, "
-                         f"{proj.out_features})")
+                         f"{proj.in_features})")
     if x.dtype != proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"dtype differs: x {x.dtype}, weights {proj.weight.dtype}; "
                         f"convert with x.to({proj.weight.dtype})")
