@@ -533,8 +533,8 @@ def reordered(device, cached):
     return cache.k, cache.v, cache.seen
 
 
-def rows_come_and_go(device):
-    cache, other = slab(device), slab(device)
+def come_and_go(cache, other, device):
+    "Rows of a slab, or of blocks, are forked, joined and dropped."
     k, v = torch.randn(2, s.b, s.g, 3, s.d, device=device, dtype=torch.float64)
     for kept in cache, other:
         kept.append(k, v)
@@ -542,19 +542,17 @@ def rows_come_and_go(device):
     cache.join(cache.fork(torch.tensor([1, 0], device=device), torch.tensor([1, 2], device=device)))
     cache.drop(torch.tensor([0, 2], device=device))
     cache.join(other)
+    return cache
+
+
+def rows_come_and_go(device):
+    cache = come_and_go(slab(device), slab(device), device)
     return cache.k[:, :, cache.start : cache.end], cache.seen
 
 
 def blocks_come_and_go(device):
     cache = blocks(device)
-    other = mha_book.PagedCache(cache.pool, s.b)
-    k, v = torch.randn(2, s.b, s.g, 3, s.d, device=device, dtype=torch.float64)
-    for kept in cache, other:
-        kept.append(k, v)
-        kept.commit()
-    cache.join(cache.fork(torch.tensor([1, 0], device=device), torch.tensor([1, 2], device=device)))
-    cache.drop(torch.tensor([0, 2], device=device))
-    cache.join(other)
+    come_and_go(cache, mha_book.PagedCache(cache.pool, s.b), device)
     return cache.append(*torch.randn(2, len(cache.seen), s.g, 2, s.d, device=device, dtype=torch.float64)), cache.seen
 
 
