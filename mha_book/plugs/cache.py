@@ -483,14 +483,8 @@ def check_new(
     in a backward pass.
     """
     check_forward()
-    check_tensor("k", k)
-    check_tensor("v", v)
-    if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"keys of shape {tuple(k.shape)} and values of shape "
-                         f"{tuple(v.shape)}; needed: batch, heads, tokens, width, and one "
-                         f"value for every key")
-    _check_kind("k", k, keys)
-    _check_kind("v", v, values)
+    if not (_is_alike(k, keys) and _is_alike(v, values) and k.shape[2] == v.shape[2]):
+        _check_kinds(k, v, keys, values)
     if key_mask is None:
         return
     check_tensor("key_mask", key_mask)
@@ -503,6 +497,28 @@ def check_new(
                          f"needed: (batch, tokens) = {needed} on {k.device}")
 
 # %% ../../nbs/10a_cache.ipynb #check-kind
+def _is_alike(new: Tensor, buffer: Tensor) -> bool:
+    "Whether tokens are as those that the memory is for."
+    if not isinstance(new, Tensor) or len(came := new.shape) != 4:
+        return False
+    held = buffer.shape
+    return (came[0] == held[0] and came[1] == held[1] and came[3] == held[3]
+            and new.dtype == buffer.dtype and new.device == buffer.device
+            and new.layout is torch.strided)
+
+
+def _check_kinds(k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:
+    "Raise for new tokens that are not as those of the memory, in the words of what differs."
+    check_tensor("k", k)
+    check_tensor("v", v)
+    if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"keys of shape {tuple(k.shape)} and values of shape "
+                         f"{tuple(v.shape)}; needed: batch, heads, tokens, width, and one "
+                         f"value for every key")
+    _check_kind("k", k, keys)
+    _check_kind("v", v, values)
+
+
 def _check_kind(name: str, new: Tensor, buffer: Tensor) -> None:
     "Keys, or values, beside the memory for them."
     came, held = new.shape, buffer.shape

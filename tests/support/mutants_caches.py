@@ -398,7 +398,7 @@ def a_block_too_many(right):
 def from_one(right):
     def wrong(self, place):
         slots, size = right(self, place), self.pool.block_size
-        return slots // size * size + (slots + 1) % size if place.shape[1] > 1 else slots
+        return slots // size * size + (slots + 1) % size
 
     return wrong
 
