@@ -35,7 +35,7 @@ LONGER = {
     "heads.dialects": 319,
     "heads.layer.MultiHeadAttention": 100,
     "heads.layer": 386,
-    "heads.single_head": 338,
+    "heads.single_head": 372,
     "plugs.cache.KVCache": 139,
     "plugs.cache": 539,
     "plugs.paged.PagedCache": 97,

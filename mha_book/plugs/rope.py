@@ -19,6 +19,7 @@ from torch import Tensor
 from mha_book.heads.single_head import (
     check_callable,
     check_count,
+    check_device,
     check_number,
     check_offset,
     check_tensor,
@@ -42,6 +43,7 @@ def rope_frequencies(
     """
     check_count("rotary_dim", rotary_dim)
     check_number("base", base, above=0.0)
+    check_device(device)
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     return base ** (-pair / rotary_dim)
 
