@@ -26,8 +26,7 @@ def query_places(
     device: torch.device | str | None = None,  # where the places are to live
 ) -> Int[Tensor, "n"]:                         # m - n, ..., m - 1
     "Where queries stand among the keys: at their end, query `i` at place `m - n + i`."
-    check_lengths(n, m)
-    check_device(device)
+    check_lengths(n, m, device)
     return torch.arange(m - n, m, device=device)
 
 
@@ -219,8 +218,11 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-offset
-def check_lengths(n: int, m: int) -> None:
-    "Raise TypeError for numbers of queries and keys that count nothing: floats and bools."
+def check_lengths(n: int, m: int, device: torch.device | str | int | None) -> None:
+    """Raise TypeError for numbers of queries and keys that count nothing: floats and bools.
+    What is to be made of them is made on `device`; raises as `check_device` does.
+    """
+    check_device(device)
     if isinstance(n, (float, bool)) or isinstance(m, (float, bool)):
         raise TypeError(f"queries and keys are counted by ints, got {n!r} and {m!r}")
 
@@ -308,6 +310,9 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
                         f"convert with .to(q.dtype)")
 
 # %% ../../nbs/01_single_head.ipynb #checks-device
+_CPU, _DEVICE = torch.device("cpu"), torch.device
+
+
 def parse_device(device: torch.device | str | int, source: str = "") -> torch.device:
     "What torch understands by it; whether it is there, is not asked."
     try:
@@ -327,12 +332,12 @@ def check_device(device: torch.device | str | int | None, source: str = "") -> N
     """Raise ValueError where `device` is not there, and say what is; TypeError for what is no
     device. None leaves the choice to torch, and under a compiler torch itself refuses.
     """
-    made = device.__class__ is torch.device    # as a tensor's
-    if device is None or made and device.type == "cpu" and not device.index:
+    kind = device.__class__
+    if device is None or (kind is _DEVICE and device == _CPU) or (kind is str and device == "cpu"):
         return
     if torch.compiler.is_compiling():
         return
-    if made and device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+    if kind is _DEVICE and device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         return
     found = parse_device(device, source)
     try:

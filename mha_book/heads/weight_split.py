@@ -154,9 +154,8 @@ class StackedProjections(nn.Module):
         super().__init__()
         check_device(device)
         self.layout, options = layout, dict(device=device, dtype=dtype)
-        _, *kv_rows = layout.sizes
         self.in_proj = nn.Linear(embed_dim, sum(layout.sizes[:1 if context_dim else 3]), bias, **options)
-        self.context_proj = (nn.Linear(context_dim, sum(kv_rows), bias, **options) if context_dim else None)
+        self.context_proj = (nn.Linear(context_dim, sum(layout.sizes[1:]), bias, **options) if context_dim else None)
         self.out_proj = nn.Linear(layout.num_heads * layout.value_dim, out_dim, bias, **options)
         self.reset_parameters()
 

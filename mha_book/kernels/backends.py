@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend
 
 from mha_book.heads.single_head import (
     add_bias,
-    check_device,
     check_floats,
     check_inputs,
     check_lengths,
@@ -52,8 +51,7 @@ def window_mask(
     An int `w` means `(w - 1, 0)`: w keys, the query's own included.
     Raises TypeError or ValueError for what is no window, and a device that is not there.
     """
-    check_lengths(n, m)
-    check_device(device)
+    check_lengths(n, m, device)
     _check_window(window)
     return _band(n, m, _sides(window), device)
 
