@@ -36,7 +36,7 @@ def pick_device(
     asked, source = name, ""
     if asked is None:
         asked, source = os.environ.get("MHA_BOOK_DEVICE"), " of $MHA_BOOK_DEVICE"
-    if not asked and name is None:
+    if name is None and not asked:
         asked = "cuda" if torch.cuda.is_available() else "cpu"
         source = ", chosen because $MHA_BOOK_DEVICE is not set,"
     device = parse_device(asked, source)
