@@ -34,7 +34,7 @@ LIMITS = {"function": 20, "class": 80, "module": 300}
 LONGER = {
     "heads.dialects": 319,
     "heads.layer.MultiHeadAttention": 100,
-    "heads.layer": 386,
+    "heads.layer": 395,
     "heads.single_head": 374,
     "plugs.cache.KVCache": 139,
     "plugs.cache": 540,
