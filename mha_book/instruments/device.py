@@ -78,7 +78,7 @@ def synchronize(
     """
     device = parse_device(device)
     if device.type in ("cpu", "meta"):
-        return
+        return check_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         pick_device(device)    # a build for GPUs that sees none waits for any
     try:

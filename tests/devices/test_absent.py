@@ -53,7 +53,7 @@ ASKS = MAKES | {  # and what loads, trains, measures, or only asks
     "parse_device": lambda device: check_device(parse_device(device)),
     "pick_device": pick_device,
     "use_device": use_device,
-    "synchronize": lambda device: pick_device(device) if is_nowhere(device) else synchronize(device),
+    "synchronize": synchronize,
     "timed_on": timed_on,
     "benchmark": lambda device: benchmark({"a": never}, device=device),
     "peak_bytes": lambda device: peak_bytes(never, device),
@@ -74,11 +74,6 @@ pytestmark = pytest.mark.usefixtures("own_messages")
 
 def never():
     raise AssertionError("it was called")
-
-
-def is_nowhere(device):
-    "Whether nothing can have been launched there, so that waiting for it is no question: another processor of the CPU."
-    return "cpu" in str(device)
 
 
 class Calls(TorchFunctionMode):
