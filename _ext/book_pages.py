@@ -56,10 +56,18 @@ def state_proofs(app, doctree) -> None:
             continue
         marks = [raw for raw in cell.findall(nodes.raw) if 'class="proof-ran"' in raw.astext()]
         for mark in marks:
-            remove(mark, cell)
+            remove(bundle_of(mark), cell)
         opening = "Proved here: " if marks else "Not run, so not proved: "
         cell["prompt_show"] = cell["prompt_hide"] = opening + cell["prompt_show"]
         cell["classes"].append("proved" if marks else "unproved")
+
+
+def bundle_of(raw):
+    "The whole output that a piece of HTML is one form of."
+    node = raw
+    while node is not None and node.get("nb_element") != "mime_bundle":
+        node = node.parent
+    return raw if node is None else node
 
 
 def remove(node, cell) -> None:
