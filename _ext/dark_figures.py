@@ -1,7 +1,7 @@
 """Figures for dark pages: beside each SVG of the book stands a twin in light ink, and a page shows the one that fits.
 
-Light and dark greys change places, white with the page's dark ground. Colours stay, since a head keeps its colour; those too dark to
-be seen are lightened. Ink that stands on a colour is written as `#010101` or `#fefefe`, and stays too.
+Light and dark greys change places, white with the page's dark ground. Colours stay, since a head keeps its colour;
+those too dark to be seen are lightened. Ink on a colour is written as `#010101` or `#fefefe`, and stays too.
 """
 
 from __future__ import annotations
