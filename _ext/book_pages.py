@@ -49,6 +49,37 @@ def collect_stamp(app, doctree) -> None:
             stamps[app.env.docname] = {k: html.unescape(v) for k, v in STAMP_VALUE.findall(node.astext())}
 
 
+def state_proofs(app, doctree) -> None:
+    "Over each proof its sentence: that it was proved, where the run left its mark, and else that it was not."
+    for cell in list(doctree.findall(nodes.container)):
+        if "tag_proof" not in cell.get("classes", []):
+            continue
+        marks = [raw for raw in cell.findall(nodes.raw) if 'class="proof-ran"' in raw.astext()]
+        for mark in marks:
+            remove(bundle_of(mark), cell)
+        opening = "Proved here: " if marks else "Not run, so not proved: "
+        cell["prompt_show"] = cell["prompt_hide"] = opening + cell["prompt_show"]
+        cell["classes"].append("proved" if marks else "unproved")
+
+
+def bundle_of(raw):
+    "The whole output that a piece of HTML is one form of."
+    node = raw
+    while node is not None and node.get("nb_element") != "mime_bundle":
+        node = node.parent
+    return raw if node is None else node
+
+
+def remove(node, cell) -> None:
+    "Take an output out of its cell, with the containers that held nothing else."
+    while node is not cell:
+        parent = node.parent
+        parent.remove(node)
+        if parent.children:
+            break
+        node = parent
+
+
 def link(app, source: str, target: str) -> nodes.paragraph:
     "A paragraph with a link from one page to another."
     title = app.env.titles[target].astext()
@@ -85,5 +116,6 @@ def setup(app):
     app.add_directive("page-stamps", StampList)
     app.connect("doctree-read", number_chapter, priority=100)  # before Sphinx collects the titles
     app.connect("doctree-read", collect_stamp)
+    app.connect("doctree-read", state_proofs)
     app.connect("doctree-resolved", fill_stamp_list)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -62,7 +62,7 @@ def cell_tags(found: dict[str, str], body: str, flags: set[str]) -> list[str]:
         return key in found and found[key].lower() in values
 
     writes_package = bool(EXPORT_CALL.search(body))
-    folded = says("code-fold", "true", "show", "")
+    folded = says("code-fold", "true", "show", "") or bool({"proof", "setup"} & found.keys())
     solution = found.get("code-summary", "").startswith("Solution")
     rules = {
         "remove-cell": "hide" in found or says("include", "false") or not body.strip() or writes_package,
@@ -70,6 +70,7 @@ def cell_tags(found: dict[str, str], body: str, flags: set[str]) -> list[str]:
         "remove-output": "hide_output" in found or says("output", "false"),
         "hide-input": folded and not solution,
         "hide-cell": folded and solution,  # its output would give the answer away
+        "proof": "proof" in found,
         "remove-stderr": says("warning", "false"),
         "skip-execution": says("eval", "false") or bool(flags & found.keys()) or writes_package,
     }
@@ -84,14 +85,41 @@ def render_options(found: dict[str, str]) -> dict:
         options["figure"] = figure
     if "fig-alt" in found:
         options["image"] = {"alt": found["fig-alt"]}
-    if "code-summary" in found:
-        options["code_prompt_show"] = options["code_prompt_hide"] = found["code-summary"]
+    title = fold_title(found)
+    if title:
+        options["code_prompt_show"] = options["code_prompt_hide"] = title
     return options
+
+
+def fold_title(found: dict[str, str]) -> str:
+    "What stands over folded code. That a proof ran is known when it has: `book_pages` puts it there."
+    if "setup" in found:
+        return "Setup"
+    return found.get("proof", "") or found.get("code-summary", "")
+
+
+def merge_setup(cells: list) -> list:
+    "The cells in which cells of setup that follow each other are one."
+    merged: list = []
+    for cell in cells:
+        before = merged[-1] if merged else None
+        if before is not None and is_setup(before) and is_setup(cell):
+            before.source += "\n\n" + split_directives(cell.source)[1]
+        else:
+            merged.append(cell)
+    return merged
+
+
+def is_setup(cell) -> bool:
+    "Whether a cell imports or chooses what the page works with."
+    return cell.cell_type == "code" and "setup" in split_directives(cell.source)[0]
 
 
 def translate(cell, flags: set[str]) -> None:
     "Replace a code cell's directives by tags and options."
     found, body = split_directives(cell.source)
+    if "proof" in found:
+        body += '\n__import__("page_stamp").proved()'
     tags = [*cell.metadata.get("tags", []), *cell_tags(found, body, flags)]
     options = {**cell.metadata.get("mystnb", {}), **render_options(found)}
     cell.source = body
@@ -126,6 +154,7 @@ def read_nb(text: str):
     "The notebook as the book is to see it."
     nb = nbformat.reads(text, as_version=4)
     flags = skip_flags()
+    nb.cells = merge_setup(nb.cells)
     for cell in nb.cells:
         if cell.cell_type == "code":
             translate(cell, flags)

@@ -34,6 +34,8 @@ def page(source: str):
         ('#| code-fold: true\n#| code-summary: "Solution"\nx = 1', ["hide-cell"]),
         ("#| echo: false\nx = 1", ["remove-input"]),
         ("#| output: false\nx = 1", ["remove-output"]),
+        ("#| proof: one is one\nassert 1 == 1", ["hide-input", "proof"]),
+        ("#| setup\nimport torch", ["hide-input"]),
         ("#| eval: false\nx = 1", ["skip-execution"]),
         ("#| slow\nx = 1", ["skip-execution"]),
         ("import nbdev; nbdev.nbdev_export()", ["remove-cell", "skip-execution"]),
@@ -41,6 +43,19 @@ def page(source: str):
 )
 def test_directives_become_tags(source, tags):
     assert page(source).metadata.get("tags", []) == tags
+
+
+def test_setup_cells_in_a_row_are_one_fold():
+    sources = "#| export\n#| setup\nimport a", "#| setup\nimport b", "x = 1", "#| setup\nimport c"
+    _, one, two, three, _ = bridge.read_nb(notebook(*sources)).cells
+    assert [cell.source for cell in (one, two, three)] == ["import a\n\nimport b", "x = 1", "import c"]
+    assert one.metadata["mystnb"] == {"code_prompt_show": "Setup", "code_prompt_hide": "Setup"}
+
+
+def test_a_proof_ends_with_its_mark_and_carries_its_sentence():
+    cell = page("#| proof: one is one,\n#|   and stays one\nassert 1 == 1")
+    assert cell.source.splitlines() == ["assert 1 == 1", '__import__("page_stamp").proved()']
+    assert cell.metadata["mystnb"]["code_prompt_show"] == "one is one, and stays one"
 
 
 def test_asked_for_flags_run(monkeypatch):

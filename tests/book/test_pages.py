@@ -120,3 +120,33 @@ def test_pages_of_one_number_all_have_letters():
     shared = {number: letters for number, letters in numbers.items() if len(letters) > 1}
     assert all(letters == list("abcdefg"[: len(letters)]) for letters in shared.values())
     assert shared
+
+
+def cell_of_a_proof(*outputs: str) -> nodes.container:
+    "A proof's cell as the book's reader makes it, each output in two forms."
+    cell = nodes.container("", nodes.container(nb_element="cell_code_source"), classes=["cell", "tag_proof"])
+    held = nodes.container(nb_element="cell_code_output")
+    for html in outputs:
+        forms = [nodes.container("", node) for node in (nodes.literal_block("", "text"), nodes.raw("", html))]
+        held += nodes.container("", *forms, nb_element="mime_bundle")
+    cell += held
+    cell["prompt_show"] = "one is one"
+    return nodes.section("", cell)
+
+
+@pytest.mark.parametrize(
+    "outputs, says, left",
+    [
+        (['<span class="proof-ran"></span>'], "Proved here: one is one", 0),
+        (["<table></table>", '<span class="proof-ran"></span>'], "Proved here: one is one", 1),
+        (["<table></table>"], "Not run, so not proved: one is one", 1),
+        ([], "Not run, so not proved: one is one", 0),
+    ],
+)
+def test_only_a_proof_that_ran_is_called_one(outputs, says, left):
+    page = cell_of_a_proof(*outputs)
+    book_pages.state_proofs(None, page)
+    cell = page.children[0]
+    assert cell["prompt_show"] == cell["prompt_hide"] == says
+    assert len([node for node in cell.findall(nodes.container) if node.get("nb_element") == "mime_bundle"]) == left
+    assert ("proved" in cell["classes"]) == says.startswith("Proved") != ("unproved" in cell["classes"])
