@@ -302,7 +302,8 @@ def benchmark(
     """Time of each call relative to the first: warmed up, in turns, by the device's clock.
 
     A CPU is timed by the CPU time of this process, torch on one thread; CUDA by events.
-    The base is called twice a round, and its second time is compared with its first.
+    Each is called equally often after each other one. The base is called twice a round: its
+    first time is what the others are compared with, and is compared with its second.
     Raises ValueError or TypeError for what cannot be measured, a device that is not there
     included, and RuntimeError where the clock of CPU time ticks too slowly for blocks of
     `min_seconds`.
@@ -311,18 +312,34 @@ def benchmark(
     _check_benchmark(calls, device, rounds, min_seconds, progress)
     names = list(calls)
     turns = [*names, names[0]]
-    times, shuffle = [[] for _ in turns], random.Random(0)
+    times = [[] for _ in turns]
     with _alone(device):
         for name in names:
             _warm_up(name, calls[name], device)
         often = {name: _how_often(calls[name], device, min_seconds) for name in names}
-        for done in range(rounds):
-            for i in shuffle.sample(range(len(turns)), len(turns)):
+        for done, order in enumerate(_orders(len(turns), rounds)):
+            for i in order:
                 seconds = _start(calls[turns[i]], often[turns[i]], device)
                 synchronize(device)    # the next block finds an empty queue
                 times[i].append(seconds())
             if progress is not None:
                 progress(done + 1, rounds)
         peaks = [peak_bytes(calls[name], device) for name in names]
-    own = [times[-1], *times[1:-1]]
-    return {name: _timing(*row) for name, *row in zip(names, own, repeat(times[0]), peaks)}
+    against = [times[-1], *repeat(times[0], len(names) - 1)]
+    return {name: _timing(*row) for name, *row in zip(names, times, against, peaks)}
+
+
+def _orders(
+    turns: int,
+    rounds: int,
+) -> list[list[int]]:    # the order of each round
+    "Drawn orders in which each turn follows each other one equally often, as nearly as can be."
+    draw, after, orders = random.Random(0), {}, []
+    for _ in range(rounds):
+        last = orders[-1][-1:] if orders else []
+        drawn = ([*last, *draw.sample(range(turns), turns)] for _ in range(100))
+        best = min(drawn, key=lambda order: sum(after.get(pair, 0) for pair in zip(order, order[1:])))
+        for pair in zip(best, best[1:]):
+            after[pair] = after.get(pair, 0) + 1
+        orders.append(best[len(last):])
+    return orders
