@@ -6,9 +6,11 @@ import html
 import re
 
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
 CHAPTER = re.compile(r"^(\d\d)([a-z]?)_")
+NUMBER = re.compile(r"^((?:[Cc]hapter )?)\d+[a-z]?$")
 STAMP_VALUE = re.compile(r'data-(\w+)="([^"]*)"')
 COLUMNS = {
     "seconds": "Seconds",
@@ -31,13 +33,24 @@ class StampList(SphinxDirective):
         return [stamp_list()]
 
 
+def shown_numbers(pages) -> dict[str, str]:
+    """The number of each chapter as a reader sees it, from pages in reading order: without the gaps that file names
+    leave for chapters to come, and with the letter of NNa_name. Parts below 90 are chapters; the rest are helpers."""
+    chapters = [match for match in map(CHAPTER.match, pages) if match and int(match[1]) < 90]
+    counted = list(dict.fromkeys(match[1] for match in chapters))
+    return {match.string: f"{counted.index(match[1]) + 1}{match[2]}" for match in chapters}
+
+
 def number_chapter(app, doctree) -> None:
-    """Put the number of NN_name.ipynb before the page's title, and the letter of NNa_name.ipynb after the number.
-    Parts below 90 are chapters; the rest are helpers."""
-    match = CHAPTER.match(app.env.docname)
+    "Put a chapter's number before its title, and into links to chapters whose text is a number."
+    numbers = shown_numbers(app.env.external_site_map)
     title = next(doctree.findall(nodes.title), None)
-    if match and int(match[1]) < 90 and title is not None:
-        title.insert(0, nodes.Text(f"{int(match[1])}{match[2]}. "))
+    if app.env.docname in numbers and title is not None:
+        title.insert(0, nodes.Text(f"{numbers[app.env.docname]}. "))
+    for link_node in doctree.findall(addnodes.pending_xref):
+        number = numbers.get(re.sub(r"(\.ipynb)?(#.*)?$", "", link_node.get("reftarget", "")))
+        for text in list(link_node.findall(nodes.Text)) if number else ():
+            text.parent.replace(text, nodes.Text(NUMBER.sub(rf"\g<1>{number}", text.astext())))
 
 
 def collect_stamp(app, doctree) -> None:
