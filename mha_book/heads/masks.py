@@ -21,6 +21,7 @@ from mha_book.heads.single_head import (
     causal_mask,
     check_callable,
     check_count,
+    check_device,
     check_flag,
     check_inputs,
     check_tensor,
@@ -207,6 +208,7 @@ class ExtraKeys(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_device(device)
         sizes = num_kv_heads, head_dim, head_dim if value_dim is None else value_dim
         for name, size in zip(("num_kv_heads", "head_dim", "value_dim"), sizes):
             check_count(name, size)

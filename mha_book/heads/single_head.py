@@ -7,8 +7,8 @@ __all__ = ['query_places', 'causal_mask', 'masked_softmax', 'repeat_groups', 'sc
            'plain_attention_weights', 'plain_attention', 'join_masks', 'check_inputs', 'is_whole', 'is_number',
            'float32_at_least', 'check_dropout', 'check_number', 'check_scale', 'check_count', 'check_lengths',
            'check_whole', 'check_offset', 'check_flag', 'check_callable', 'check_tensor', 'check_floats', 'check_mask',
-           'together', 'check_additions', 'AttentionHead', 'sizes_are_open', 'is_certain', 'run_fused', 'narrowed',
-           'is_wide', 'derived_once', 'fused_attend']
+           'together', 'parse_device', 'check_device', 'check_additions', 'AttentionHead', 'sizes_are_open',
+           'is_certain', 'run_fused', 'narrowed', 'is_wide', 'derived_once', 'fused_attend']
 
 # %% ../../nbs/01_single_head.ipynb #imports
 import math
@@ -26,7 +26,7 @@ def query_places(
     device: torch.device | str | None = None,  # where the places are to live
 ) -> Int[Tensor, "n"]:                         # m - n, ..., m - 1
     "Where queries stand among the keys: at their end, query `i` at place `m - n + i`."
-    check_lengths(n, m)
+    check_lengths(n, m, device)
     return torch.arange(m - n, m, device=device)
 
 
@@ -36,7 +36,8 @@ def causal_mask(
     device: torch.device | str | None = None,  # where the mask is to live
 ) -> Bool[Tensor, "n m"]:                      # True where a query may look
     "True at keys no later than the query's own place, which is `m - n + i` for query `i`."
-    return torch.arange(m, device=device) <= query_places(n, m, device)[:, None]
+    places = query_places(n, m, device)[:, None]
+    return torch.arange(m, device=device) <= places
 
 # %% ../../nbs/01_single_head.ipynb #softmax
 def masked_softmax(
@@ -217,8 +218,11 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 # %% ../../nbs/01_single_head.ipynb #checks-offset
-def check_lengths(n: int, m: int) -> None:
-    "Raise TypeError for numbers of queries and keys that count nothing: floats and bools."
+def check_lengths(n: int, m: int, device: torch.device | str | int | None) -> None:
+    """Raise TypeError for numbers of queries and keys that count nothing: floats and bools.
+    What is to be made of them is made on `device`; raises as `check_device` does.
+    """
+    check_device(device)
     if isinstance(n, (float, bool)) or isinstance(m, (float, bool)):
         raise TypeError(f"queries and keys are counted by ints, got {n!r} and {m!r}")
 
@@ -304,6 +308,53 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"dtype differs: query {q.dtype}, key {k.dtype}, value {v.dtype}; "
                         f"convert with .to(q.dtype)")
+
+# %% ../../nbs/01_single_head.ipynb #checks-device
+_CPU, _DEVICE = torch.device("cpu"), torch.device
+
+
+def parse_device(device: torch.device | str | int, source: str = "") -> torch.device:
+    "What torch understands by it; whether it is there, is not asked."
+    try:
+        found = torch.device(device)
+    except TypeError:
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda:1', or a torch.device; "
+                        f"got {device!r} of type {type(device).__name__}") from None
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(_absent(device, source)) from error
+    number = str(device).rpartition(":")[2]
+    if number.isdigit() and int(number) != found.index:    # torch reads 256 as 0
+        raise ValueError(_absent(device, source))
+    return found
+
+
+def check_device(device: torch.device | str | int | None, source: str = "") -> None:
+    """Raise ValueError where `device` is not there, and say what is; TypeError for what is no
+    device. None leaves the choice to torch, and under a compiler torch itself refuses.
+    """
+    kind = device.__class__
+    if device is None or (kind is _DEVICE and device == _CPU) or (kind is str and device == "cpu"):
+        return
+    if torch.compiler.is_compiling():
+        return
+    if kind is _DEVICE and device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return
+    found = parse_device(device, source)
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(_absent(device, source)) from error
+    if found.type == "cpu" and found.index:    # torch takes any number for the one CPU
+        raise ValueError(_absent(device, source))
+
+
+def _absent(device: object, source: str = "") -> str:
+    "That a device is not there, and what is."
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] * torch.backends.mps.is_available()
+    return (f"device {str(device)!r}{source} is not there; "
+            f"there is {', '.join(['cpu', *gpus, *mps])}")
+
 
 # %% ../../nbs/01_single_head.ipynb #checks-shapes
 def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size) -> None:

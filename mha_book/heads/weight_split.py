@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .single_head import check_count, check_tensor
+from .single_head import check_count, check_device, check_tensor
 
 # %% ../../nbs/03a_weight_split.ipynb #split
 def split_heads(
@@ -152,10 +152,10 @@ class StackedProjections(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_device(device)
         self.layout, options = layout, dict(device=device, dtype=dtype)
-        _, *kv_rows = layout.sizes
         self.in_proj = nn.Linear(embed_dim, sum(layout.sizes[:1 if context_dim else 3]), bias, **options)
-        self.context_proj = (nn.Linear(context_dim, sum(kv_rows), bias, **options) if context_dim else None)
+        self.context_proj = (nn.Linear(context_dim, sum(layout.sizes[1:]), bias, **options) if context_dim else None)
         self.out_proj = nn.Linear(layout.num_heads * layout.value_dim, out_dim, bias, **options)
         self.reset_parameters()
 

@@ -20,7 +20,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from ..heads.single_head import is_number, is_whole
+from ..heads.single_head import check_device, is_number, is_whole, parse_device
 from ..kernels.torch_private import event_tree, is_allocation, profiler_is_running
 
 # %% ../../nbs/06a_device.ipynb #pick-code
@@ -36,36 +36,12 @@ def pick_device(
     asked, source = name, ""
     if asked is None:
         asked, source = os.environ.get("MHA_BOOK_DEVICE"), " of $MHA_BOOK_DEVICE"
-    if not asked and name is None:
+    if name is None and not asked:
         asked = "cuda" if torch.cuda.is_available() else "cpu"
         source = ", chosen because $MHA_BOOK_DEVICE is not set,"
-    device = _parsed(asked, source)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(_absent(asked, source)) from error
-    if device.type == "cpu" and device.index:    # torch takes any number for the one CPU
-        raise ValueError(_absent(asked, source))
+    device = parse_device(asked, source)
+    check_device(asked, source)
     return device
-
-# %% ../../nbs/06a_device.ipynb #parsed-code
-def _parsed(asked: object, source: str = "") -> torch.device:
-    "What torch understands by a device's name; whether it is there, is not asked."
-    try:
-        return torch.device(asked)
-    except TypeError:
-        raise TypeError(f"device must be a name such as 'cpu' or 'cuda:1', or a torch.device; "
-                        f"got {asked!r} of type {type(asked).__name__}") from None
-    except RuntimeError as error:
-        raise ValueError(_absent(asked, source)) from error
-
-
-def _absent(asked: object, source: str = "") -> str:
-    "That a device is not there, and what is."
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    mps = ["mps"] * torch.backends.mps.is_available()
-    return (f"device {str(asked)!r}{source} is not there; "
-            f"there is {', '.join(['cpu', *gpus, *mps])}")
 
 # %% ../../nbs/06a_device.ipynb #timed-on-code
 def timed_on(
@@ -74,7 +50,7 @@ def timed_on(
     """What to print beside a timing: the device and torch's version. Raises as
     `pick_device` does.
     """
-    _parsed(device)    # None is no device that was timed on
+    parse_device(device)    # None is no device that was timed on
     device = pick_device(device)
     name = {"cpu": "CPU, one thread"}.get(device.type, device.type)
     if device.type == "cuda":
@@ -100,9 +76,9 @@ def synchronize(
     """Wait until all that was launched on `device` is done. On a CPU it is done already.
     Raises as `pick_device` does.
     """
-    device = _parsed(device)
+    device = parse_device(device)
     if device.type in ("cpu", "meta"):
-        return
+        return check_device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         pick_device(device)    # a build for GPUs that sees none waits for any
     try:

@@ -49,9 +49,9 @@ def window_mask(
     place, which is `m - n + i` for query `i`; a side of None has no bound.
 
     An int `w` means `(w - 1, 0)`: w keys, the query's own included.
-    Raises TypeError or ValueError for what is no window.
+    Raises TypeError or ValueError for what is no window, and a device that is not there.
     """
-    check_lengths(n, m)
+    check_lengths(n, m, device)
     _check_window(window)
     return _band(n, m, _sides(window), device)
 

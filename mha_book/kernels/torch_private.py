@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['fused_sdp_choice', 'is_fake', 'is_transformed', 'profiler_is_running', 'event_tree', 'is_allocation',
            'is_custom_backward', 'in_backward', 'is_view', 'own_buffers', 'has_cpp_compiler', 'has_triton',
-           'without_compile_caches']
+           'without_compile_caches', 'constant_when_compiled']
 
 # %% ../../nbs/91_torch_private.ipynb #imports
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -98,3 +99,11 @@ def without_compile_caches() -> AbstractContextManager:
     "Inside, `torch.compile` reads and writes no cache on disk."
     from torch._inductor import config
     return config.patch(force_disable_caches=True)
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """`function`, which `torch.compile` runs as it stands, and takes what it gives for a
+    constant: `torch.compiler.assume_constant_result`, which would load the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
+

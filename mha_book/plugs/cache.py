@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..heads.single_head import check_count, check_tensor, is_whole
+from ..heads.single_head import check_count, check_device, check_tensor, is_whole
 from ..kernels.backends import window_mask
 from ..kernels.torch_private import in_backward
 
@@ -353,6 +353,7 @@ class Slots:
         *shapes: torch.Size,    # of keys and of values, b g slots d
         device: torch.device | str | None, dtype: torch.dtype | None,
     ):
+        check_device(device)
         with torch.inference_mode(False):    # so that any later call may write
             self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
         self.clear()

@@ -28,6 +28,7 @@ from mha_book.heads.layer import (
 from mha_book.heads.single_head import (
     check_callable,
     check_count,
+    check_device,
     check_flag,
     check_floats,
     check_number,
@@ -90,6 +91,7 @@ class HeadTemperature(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
+        check_device(device)
         check_callable("attend", attend)
         self.log_temperature = nn.Parameter(
             torch.empty(num_heads, device=device, dtype=dtype))
@@ -138,6 +140,7 @@ class SinkAttention(nn.Module):
     ):
         super().__init__()
         check_count("num_heads", num_heads)
+        check_device(device)
         check_callable("attend", attend)
         self.sinks = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.attend = attend
@@ -182,6 +185,7 @@ class OutputGate(nn.Module):
         for name, count in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             check_count(name, count)
         check_flag("bias", bias)
+        check_device(device)
         head_dim = width_of_a_head(embed_dim, num_heads) if head_dim is None else head_dim
         check_count("head_dim", head_dim)
         self.gate_proj = nn.Linear(embed_dim, num_heads * head_dim, bias,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..heads.single_head import check_count
+from ..heads.single_head import check_count, check_device
 from mha_book.plugs.cache import (
     Call,
     check_new,
@@ -53,6 +53,7 @@ class BlockPool:
                      num_kv_heads=num_kv_heads, value_dim=value_dim)
         for name, size in sizes.items():
             check_count(name, size)
+        check_device(device)
         with torch.inference_mode(False):    # zeros: what is hidden must not be NaN
             self.__setstate__([torch.zeros(num_kv_heads, num_blocks, block_size, width,
                                            device=device, dtype=dtype)

@@ -19,6 +19,7 @@ from mha_book.heads.single_head import (
     check_additions,
     check_callable,
     check_count,
+    check_device,
     check_flag,
     check_floats,
     check_number,
@@ -82,6 +83,7 @@ class LearnedPositions(nn.Module):
         super().__init__()
         check_count("max_len", max_len)
         check_count("embed_dim", embed_dim)
+        check_device(device)
         self.weight = nn.Parameter(torch.empty(max_len, embed_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -146,7 +148,8 @@ def distances(
     device: torch.device | str | None = None,  # where the result is to live
 ) -> Int[Tensor, "n m"]:                       # key's place - query's: below 0 is the past
     "How far each key is from each query, which stand at the end of the keys."
-    return torch.arange(m, device=device) - query_places(n, m, device)[:, None]
+    places = query_places(n, m, device)[:, None]
+    return torch.arange(m, device=device) - places
 
 # %% ../../nbs/14a_positions.ipynb #buckets
 def relative_buckets(
@@ -201,6 +204,7 @@ class RelativeBias(nn.Module):
         check_count("num_heads", num_heads)
         check_count("num_buckets", num_buckets)
         check_callable("attend", attend)
+        check_device(device)
         self.max_distance, self.bidirectional = max_distance, bidirectional
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device,
                                                dtype=dtype))
@@ -294,8 +298,8 @@ class ALiBi(nn.Module):
         dtype: torch.dtype = torch.float32,        # at least float32 keeps far keys apart
     ) -> Float[Tensor, "h n m"]:
         "The bias of each head, for queries that stand at the end of the keys."
-        slopes = torch.tensor(self.slopes, dtype=dtype, device=device)
-        return -slopes[:, None, None] * distances(n, m, device).abs()
+        far = distances(n, m, device).abs()
+        return -torch.tensor(self.slopes, dtype=dtype, device=device)[:, None, None] * far
 
     def forward(
         self,

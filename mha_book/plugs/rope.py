@@ -19,6 +19,7 @@ from torch import Tensor
 from mha_book.heads.single_head import (
     check_callable,
     check_count,
+    check_device,
     check_number,
     check_offset,
     check_tensor,
@@ -26,6 +27,7 @@ from mha_book.heads.single_head import (
     float32_at_least,
     query_places,
 )
+from ..kernels.torch_private import constant_when_compiled
 
 # %% ../../nbs/14b_rope.ipynb #frequencies
 def rope_frequencies(
@@ -42,6 +44,7 @@ def rope_frequencies(
     """
     check_count("rotary_dim", rotary_dim)
     check_number("base", base, above=0.0)
+    check_device(device)
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     return base ** (-pair / rotary_dim)
 
@@ -92,7 +95,9 @@ class RoPE:
 
     Angles and rotation are float32 at least, whatever the dtype of q; it holds no tensor
     that a layer's `.to` could round. Fewer queries than keys stand at the end. Queries and
-    keys that are sharded over devices (DTensor) stay sharded as they are.
+    keys that are sharded over devices (DTensor) stay sharded as they are. Within a compiled
+    whole function it may be made of constants and `rope_frequencies`; make others outside, and
+    all that `torch.export` is to see.
     Raises TypeError or ValueError for widths, words and frequencies that do not fit.
     Source: Su et al. 2021, arXiv 2104.09864.
     """
@@ -110,11 +115,10 @@ class RoPE:
     def __post_init__(self):
         _check_rope(self)
         width = self.head_dim if self.rotary_dim is None else self.rotary_dim
-        with torch.device("cpu"):    # Python's numbers from here on, on no device
-            turns = self.frequencies(width, self.base)
-        _check_turns(turns, width)
-        turns = each_number(turns, self.pairing)
-        object.__setattr__(self, "_turns", tuple(turns.tolist()))
+        numbers = width, self.base, self.pairing
+        turns = (_plain_turns(*numbers) if self.frequencies is rope_frequencies else
+                 _signed_turns(self.frequencies, *numbers))
+        object.__setattr__(self, "_turns", turns)
 
     def angles(
         self,
@@ -149,6 +153,21 @@ class RoPE:
     def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
         angles = angles if type(x) is Tensor else _beside(angles, x)
         return rotate_pairs(x.to(angles.dtype), angles, self.pairing, self.magnitude)
+
+# %% ../../nbs/14b_rope.ipynb #signed-turns
+def _signed_turns(frequencies: Callable[[int, float], Tensor], width: int, base: float | int,
+                  pairing: str) -> tuple[float, ...]:
+    "What each number turns by, in Python's numbers, which are on no device."
+    with torch.device("cpu"):
+        turns = frequencies(width, base)
+    _check_turns(turns, width)
+    return tuple(each_number(turns, pairing).tolist())
+
+
+@constant_when_compiled    # a plug of frequencies is none: it may be half made there
+def _plain_turns(width: int, base: float | int, pairing: str) -> tuple[float, ...]:
+    return _signed_turns(rope_frequencies, width, base, pairing)
+
 
 # %% ../../nbs/14b_rope.ipynb #beside
 def _beside(table: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The layer's public ways in: where a head's rows are, q, k and v, the last socket, and who commits."""
 
 import copy
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -924,3 +926,77 @@ def test_a_list_of_heads_says_what_it_takes():
     for wrong in ((s.e, s.h, s.d, "no"), (0, s.h), (None, s.h), (-s.h, s.h)):
         with pytest.raises((TypeError, ValueError), match="embed_dim|bias"):
             HeadList(*wrong)
+
+
+# The map under whatever records a call or passes through it, in a process without the checks of shapes
+
+MAPS = """
+import torch, warnings
+from functools import partial
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+warnings.filterwarnings("ignore")
+from mha_book import *
+from mha_book.heads.single_head import plain_attention, plain_attention_weights
+b, h, g, n, d = 2, 6, 3, 5, 8
+class Map(nn.Module):
+    def __init__(self, **plugs):
+        super().__init__()
+        self.layer = MultiHeadAttention(20, h, num_kv_heads=g, head_dim=d, dtype=torch.float64, **plugs).eval()
+    def forward(self, x):
+        return self.layer.attention_map(x, is_causal=True)
+def dual(look, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(look(forward_ad.make_dual(x, torch.ones_like(x)))).primal
+def fake(look, x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert look(mode.from_tensor(x)).shape == (b, h, n, n)
+    return look(x)
+compiled = partial(torch.compile, fullgraph=True, backend="eager")
+WAYS = {
+    "eager": lambda look, x: look(x),
+    "compiled": lambda look, x: compiled(look)(x),
+    "compiled for any length": lambda look, x: compiled(look, dynamic=True)(x),
+    "exported": lambda look, x: torch.export.export(look, (x,)).module()(x),
+    "exported strictly": lambda look, x: torch.export.export(look, (x,), strict=True).module()(x),
+    "traced": lambda look, x: torch.jit.trace(look, (x,), check_trace=False)(x),
+    "mapped": lambda look, x: torch.vmap(look)(x[:, None])[:, 0],
+    "dual": dual, "fake": fake,
+}
+PLUGS = {
+    "none": {}, "definition": dict(attend=plain_attention), "window": dict(attend=partial(attention, window=3)),
+    "RoPE": dict(position=RoPE(d)), "sinks": dict(attend=SinkAttention(h, dtype=torch.float64)),
+    "ALiBi": dict(attend=ALiBi(h)), "norms": dict(qk_norm=nn.RMSNorm),
+}
+x = torch.randn(b, n, 20, dtype=torch.float64)
+with torch.no_grad():
+    for plug, options in PLUGS.items():
+        look = Map(**options)
+        q, k, _ = look.layer.qkv(x)
+        want = look(x)
+        if plug in ("none", "definition", "RoPE", "norms"):
+            torch.testing.assert_close(want, plain_attention_weights(q, k, is_causal=True), atol=1e-12, rtol=0)
+        for name, way in WAYS.items():
+            torch._dynamo.reset()
+            torch.testing.assert_close(way(look, x), want, atol=1e-12, rtol=0, msg=f"{plug}, {name}")
+def bent(q, k, v, **options):
+    return plain_attention(q, k, v.tanh(), **options)
+def says(way, attend):
+    try:
+        return tuple(WAYS[way](Map(attend=attend), x).shape)
+    except ValueError as error:
+        return str(error)[:34]
+refusal = "attend is not linear in its values"
+seen = [says("eager", bent), says("dual", bent)]
+assert seen == [refusal] * 2, seen
+with torch.no_grad():
+    seen = {way: says(way, bent) for way in WAYS if way not in ("eager", "dual", "fake")}
+assert set(seen.values()) == {(b, h, n, n)}, seen
+print("agree")
+"""
+
+
+def test_the_map_is_the_eager_one_whatever_records_it_and_only_the_eager_one_is_checked():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MAPS], capture_output=True, text=True)
+    assert done.stdout == "agree\n", done.stderr[-2000:]

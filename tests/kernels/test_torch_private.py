@@ -128,6 +128,20 @@ def test_torch_triton_is_asked():
     assert torch.cuda.is_available() or not torch_private.has_triton()
 
 
+def test_torch_dynamo_runs_marked_functions_as_they_are():
+    "If the mark of torch.compiler.assume_constant_result moves: a RoPE made within a compiled function."
+    ran = []
+
+    @torch_private.constant_when_compiled
+    def three():
+        return len(ran) or ran.append(torch.tensor(3).tolist()) or ran[0]
+
+    compiled = torch.compile(lambda x: x + three(), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [3.0, 3.0] and ran == [3]
+    public = torch.compiler.assume_constant_result(lambda: 3)
+    assert vars(public) == vars(three)
+
+
 # Nothing of it is used elsewhere
 
 

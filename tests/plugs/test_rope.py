@@ -579,3 +579,42 @@ def test_sharded_queries_and_keys_are_turned_where_they_are(world, tmp_path):
     for process in running:
         out, err = process.communicate(timeout=120)
         assert out == "the same\n", err[-2000:]
+
+
+# Made within a compiled function; in a process of its own, for shape checking wraps functions
+
+MADE = """
+import torch, warnings
+from functools import partial
+warnings.filterwarnings("ignore")
+from mha_book import *
+from mha_book.plugs.rope import rope_frequencies
+q, k = torch.randn(2, 6, 5, 8, dtype=torch.float64), torch.randn(2, 3, 7, 8, dtype=torch.float64)
+same = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
+PLUGS = {
+    "plain": lambda: RoPE(8), "interleaved": lambda: RoPE(8, 500, rotary_dim=4, pairing="interleaved", magnitude=1.5),
+}
+OTHERS = {    # not in one graph, and never with other numbers
+    "scaled": lambda: RoPE(8, frequencies=RoPELinearScaling(2.0)),
+    "by parts": lambda: RoPE(8, frequencies=RoPELlama3Scaling(4.0, 1.0, 2.0, 64)),
+    "own": lambda: RoPE(8, frequencies=lambda width, base: 3 * rope_frequencies(width, base)),
+}
+for name, make in (PLUGS | OTHERS).items():
+    for offset in 0, 3:
+        torch._dynamo.reset()
+        def turned(q, k):
+            return make()(q, k, offset=offset)
+        compiled = torch.compile(turned, fullgraph=name in PLUGS, backend="eager")
+        for got, want in zip(compiled(q, k), make()(q, k, offset=offset)):
+            same(got, want, msg=name)
+# a constant of the graph is one of this call: another base is another graph, or none
+compiled = torch.compile(lambda q, k, base: RoPE(8, base)(q, k)[0], backend="eager")
+for base in 10000.0, 500.0, 77.0, 2000:
+    same(compiled(q, k, base), RoPE(8, base)(q, k)[0], msg=str(base))
+print("the same")
+"""
+
+
+def test_a_plug_made_in_a_compiled_function_turns_as_one_made_before():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MADE], capture_output=True, text=True)
+    assert done.stdout == "the same\n", done.stderr[-2000:]
