@@ -1,10 +1,8 @@
 """The instruments of `mha_book.instruments.testing` and `mha_book.instruments.device` measure what they say."""
 
 import contextlib
-import itertools
 import os
-import random
-from collections import Counter
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -264,29 +262,19 @@ def test_the_band_is_the_base_against_its_other_turn(monkeypatch):
     assert (band.low, band.high) == (0.5, 2.0)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_everyone_follows_everyone_else_equally_often(monkeypatch, count):
-    clock, log = FakeClock(monkeypatch), []
-    names = "abcd"[:count]  # the first is the base, which has two turns a round
-    calls = {name: lambda name=name, step=clock.call(1.0): (log.append(name), step()) for name in names}
-    benchmark(calls, rounds=15, min_seconds=1e-6)
-    log = log[count * WARM_UP :]
-    turns = {name: 1 + (name == "a") for name in names}
-    after = Counter(zip(log, log[1:], strict=False))
-    found = [
-        after[pair] / (turns[pair[0]] * turns[pair[1]])
-        for pair in itertools.product(names, names)
-        if pair[0] != pair[1]
-    ]
-    own = after["a", "a"] / 4  # two turns after two turns
-    assert all(abs(share - 15 / (count + 1)) < 1.5 for share in [*found, own])
+def test_the_bases_seconds_are_those_that_all_others_are_divided_by(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    base = clock.call(*[1.0] * WARM_UP, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.0)
+    timings = benchmark({"base": base, "other": clock.call(8.0)}, rounds=3)
+    assert timings["other"].seconds / timings["other"].ratio == timings["base"].seconds
 
 
-def test_the_seconds_of_the_base_are_those_that_ratios_divide_by(monkeypatch):
-    clock, draw = FakeClock(monkeypatch), random.Random(1)
-    base = clock.call(*[1.0] * WARM_UP, *[draw.uniform(1, 9) for _ in range(30)], 1.0)
-    found = benchmark({"base": base, "other": clock.call(6.0)}, rounds=15, min_seconds=1e-6)
-    assert found["other"].ratio == pytest.approx(found["other"].seconds / found["base"].seconds, rel=1e-9)
+@pytest.mark.parametrize("turns", range(2, 8))
+def test_over_a_cycle_of_rounds_everyone_follows_everyone_else_equally_often(turns):
+    orders = list(instruments._orders(turns, 3 * 2 * turns))
+    assert all(sorted(order) == list(range(turns)) for order in orders)
+    pairs = [pair for order in orders for pair in pairwise(order)]
+    assert {pairs.count(pair) for pair in permutations(range(turns), 2)} == {6}
 
 
 def test_the_first_calls_do_not_count(monkeypatch):
