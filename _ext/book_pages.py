@@ -26,6 +26,17 @@ class stamp_list(nodes.General, nodes.Element):
     "Stands for the list until every page is read."
 
 
+class chapter_map(nodes.General, nodes.Element):
+    "Stands for the map until every page is read."
+
+
+class ChapterMap(SphinxDirective):
+    "The directive `chapter-map`: all chapters by parts, each with the line under its title."
+
+    def run(self):
+        return [chapter_map()]
+
+
 class StampList(SphinxDirective):
     "The directive `page-stamps`: a table of all executed pages, in reading order, with what their stamps say."
 
@@ -51,6 +62,32 @@ def number_chapter(app, doctree) -> None:
         number = numbers.get(re.sub(r"(\.ipynb)?(#.*)?$", "", link_node.get("reftarget", "")))
         for text in list(link_node.findall(nodes.Text)) if number else ():
             text.parent.replace(text, nodes.Text(NUMBER.sub(rf"\g<1>{number}", text.astext())))
+
+
+def collect_subtitle(app, doctree) -> None:
+    "Remember the line under a page's title, if one stands there: a paragraph that is emphasised as a whole."
+    subtitles = app.env.__dict__.setdefault("mha_book_subtitles", {})
+    subtitles.pop(app.env.docname, None)
+    first = next(doctree.findall(nodes.paragraph), None)
+    if first is not None and len(first) == 1 and isinstance(first[0], nodes.emphasis):
+        subtitles[app.env.docname] = first.astext()
+
+
+def fill_chapter_map(app, doctree, docname: str) -> None:
+    "Replace the directive's place by the parts and their chapters."
+    site, subtitles = app.env.external_site_map, getattr(app.env, "mha_book_subtitles", {})
+    numbers, content = shown_numbers(site), []
+    for part in site[site.root.docname].subtrees:
+        chapters = [page for page in map(str, part.items) if page in numbers]
+        lines = [link(app, docname, page) for page in chapters]
+        for line, page in zip(lines, chapters):
+            line += nodes.Text(f": {subtitles.get(page, '')}")
+        entries = [nodes.list_item("", line) for line in lines]
+        if chapters:
+            head = nodes.paragraph("", "", nodes.strong("", part.caption))
+            content += [head, nodes.bullet_list("", *entries, classes=["chapter-map"])]
+    for place in list(doctree.findall(chapter_map)):
+        place.replace_self(content)
 
 
 def collect_stamp(app, doctree) -> None:
@@ -126,9 +163,13 @@ def fill_stamp_list(app, doctree, docname: str) -> None:
 def setup(app):
     "Register with Sphinx."
     app.add_node(stamp_list)
+    app.add_node(chapter_map)
+    app.add_directive("chapter-map", ChapterMap)
     app.add_directive("page-stamps", StampList)
     app.connect("doctree-read", number_chapter, priority=100)  # before Sphinx collects the titles
+    app.connect("doctree-read", collect_subtitle)
     app.connect("doctree-read", collect_stamp)
     app.connect("doctree-read", state_proofs)
     app.connect("doctree-resolved", fill_stamp_list)
+    app.connect("doctree-resolved", fill_chapter_map)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

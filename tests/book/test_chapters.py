@@ -1,4 +1,4 @@
-"""The form of a chapter: idea before code, proofs and setup folded, numbers in tables, exercises with hints and solutions."""
+"""The form of a chapter: idea before code, proofs and setup folded, numbers in tables, exercises with solutions."""
 
 import json
 import re
