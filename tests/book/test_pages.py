@@ -179,3 +179,11 @@ def test_only_a_proof_that_ran_is_called_one(outputs, says, left):
     assert cell["prompt_show"] == cell["prompt_hide"] == says
     assert len([node for node in cell.findall(nodes.container) if node.get("nb_element") == "mime_bundle"]) == left
     assert ("proved" in cell["classes"]) == says.startswith("Proved") != ("unproved" in cell["classes"])
+
+
+def test_the_first_page_tells_what_the_page_of_the_wrong_cut_asserts():
+    counts = re.search(
+        r"== \[(\d+), (\d+), (\d+)\]", (ROOT / "nbs/21_pretrained.ipynb").read_text(encoding="utf8")
+    ).groups()
+    told = re.search(r"of (\d+) sentences \1 times.*finds (\d+)\. .*finds (\d+):", prose(FILES["index"]))
+    assert told and told.groups() == counts
