@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD_COLORS', 'LINE_COLORS', 'MARKERS', 'WEIGHTS', 'head_color', 'line_color', 'Table', 'table',
-           'attention_map', 'curves', 'weight_stripes', 'memory_grid', 'memory_strips', 'step_graph', 'roofline',
+           'attention_map', 'curves', 'weight_stripes', 'ink', 'memory_grid', 'memory_strips', 'step_graph', 'roofline',
            'ratio_bars', 'reaches', 'dots', 'head_grid', 'head_errors', 'cover']
 
 # %% ../nbs/90_figures.ipynb #imports
@@ -35,14 +35,14 @@ STYLE = {
 mpl.rcParams.update(STYLE)
 set_matplotlib_formats("svg", metadata={"Date": None})
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart,
-# ordered so that neighbours differ in lightness.
+# Hues by Okabe and Ito, which people with any colour vision can tell apart, each with a
+# contrast of 3 or more with a light page and with a dark one.
 HEAD_COLORS = (
-    "#0072B2", "#E69F00", "#CC79A7", "#009E73",
-    "#D55E00", "#56B4E9", "#7F7F7F", "#B8A900",
+    "#0072B2", "#B87E00", "#C2629A", "#008F68", "#D55E00",
+    "#3D94CC", "#767676", "#8F8300", "#8559BE",
 )
 # What is no head has other colours, and markers of its own.
-LINE_COLORS = "#1B1035", "#D9765A", "#9B5FA5", "#8A8A8A", "#C9A15A"
+LINE_COLORS = "#1B1035", "#D9765A", "#9B5FA5", "#808080", "#A67C2E"
 MARKERS = "os^Dv"
 # Lightness falls evenly.
 WEIGHTS = LinearSegmentedColormap.from_list(
@@ -52,7 +52,7 @@ WEIGHTS = LinearSegmentedColormap.from_list(
 def head_color(
     head: int,   # which head
 ) -> str:        # its colour, as #RRGGBB
-    "The colour of a head through the whole book; after eight heads the colours repeat."
+    "The colour of a head through the whole book; after nine heads the colours repeat."
     return HEAD_COLORS[head % len(HEAD_COLORS)]
 
 
@@ -202,7 +202,7 @@ def weight_stripes(
         look = dict(facecolor=color, edgecolor="white", linewidth=1.5)
         ax.add_patch(plt.Rectangle((0, top), columns, rows, **look))
         ax.text(columns / 2, top + rows / 2, name, ha="center", va="center",
-                color=_ink(color))
+                color=ink(color))
         top += rows
     ax.set(xlim=(0, columns), ylim=(top, 0), aspect="equal",
            xticks=[], yticks=[], title=title)
@@ -210,10 +210,12 @@ def weight_stripes(
     return ax
 
 
-def _ink(color: str) -> str:
-    "Black or white, whichever is read more easily on `color`."
+def ink(color: str) -> str:
+    """Black or white, whichever is read more easily on `color`: as #010101 or #FEFEFE, which
+    dark pages leave as they are.
+    """
     red, green, blue = to_rgb(color)
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "white"
+    return "#010101" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#FEFEFE"
 
 # %% ../nbs/90_figures.ipynb #grid-code
 def memory_grid(
@@ -257,7 +259,7 @@ def memory_strips(
                 ax.broken_barh([(left, length)], (row, 0.5), facecolor=color)
                 if length > longest / 20:
                     ax.text(left + length / 2, row + 0.25, name, ha="center", va="center",
-                            color=_ink(color), fontsize=10)
+                            color=ink(color), fontsize=10)
             left += length
     ax.set(xlim=(0, longest), ylim=(len(strips) - 0.4, -0.6), xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -272,7 +274,7 @@ def step_graph(
     ax: Axes | None = None,
 ) -> Axes:
     "Steps as boxes, each below all that lead to it."
-    depth = [0] * len(names)
+    depth, fill = [0] * len(names), ("white", "#F6D7A7")
     for _ in names:    # as often as the longest way can be
         for a, b in edges:
             depth[b] = max(depth[b], depth[a] + 1)
@@ -286,9 +288,9 @@ def step_graph(
     for a, b in edges:
         ax.plot(x[[a, b]], [-depth[a], -depth[b]], color="#999999", linewidth=1.2, zorder=1)
     for i, name in enumerate(names):
-        box = dict(boxstyle="round", edgecolor="#555555",
-                   facecolor="#F6D7A7" if filled[i] else "white")
-        ax.text(x[i], -depth[i], name, ha="center", va="center", fontsize=10.5, bbox=box)
+        box = dict(boxstyle="round", edgecolor="#555555", facecolor=fill[filled[i]])
+        ax.text(x[i], -depth[i], name, ha="center", va="center", fontsize=10.5, bbox=box,
+                color=ink(fill[True]) if filled[i] else "black")
     ax.set(xlim=(0, 1), ylim=(-max(depth) - 0.5, 0.5))
     ax.axis("off")
     return ax

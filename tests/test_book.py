@@ -188,6 +188,33 @@ def test_search_finds_a_public_name_in_the_reference(reader, name):
     page.close()
 
 
+@needs_both
+@pytest.mark.parametrize("view", ["served", "phone"])
+def test_a_term_shows_its_sentence(reader, view):
+    page = reader.contexts[view].new_page()
+    page.goto(reader.address(HTML, view) + "90_figures.html")
+    term, bubble = page.locator("a.term-link").first, page.locator("#term-bubble")
+    assert not bubble.is_visible()
+    term.hover()
+    assert bubble.is_visible() and len(bubble.inner_text().split()) > 3
+    assert term.get_attribute("aria-describedby") == "term-bubble"
+    page.keyboard.press("Escape")
+    assert not bubble.is_visible()
+    term.focus()
+    assert bubble.is_visible()
+    page.close()
+
+
+@needs_both
+@pytest.mark.parametrize("view, shown, hidden", [("served", "light", "dark"), ("dark", "dark", "light")])
+def test_a_page_shows_the_figure_that_fits(reader, view, shown, hidden):
+    page = reader.contexts[view].new_page()
+    page.goto(reader.address(HTML, view) + "90_figures.html")
+    assert all(image.is_visible() for image in page.locator(f"img.only-{shown}").all()[:2])
+    assert not any(image.is_visible() for image in page.locator(f"img.only-{hidden}").all())
+    page.close()
+
+
 # Stamps
 
 

@@ -30,7 +30,7 @@ def test_parity_on_the_gpu(attend, dtype, is_causal):
     options = dict(mask=mask.cuda(), is_causal=is_causal)
     exact = reference_attention(q, k, v, **options)
     plain = plain_attention(q.cpu(), k.cpu(), v.cpu(), mask=mask, is_causal=is_causal)
-    assert_as_exact(attend(q, k, v, **options), exact, plain, v.abs().max().item())
+    assert_as_exact(attend(q, k, v, **options), exact, plain)
 
 
 def test_the_layer_moves_to_the_gpu_and_back():

@@ -29,7 +29,7 @@ from .files import check_writable
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
 from .suites import Setting, no_compiler
-from .suites_language import SUITES  # with the model's
+from .suites_flex import SUITES  # with the model's and FlexAttention's
 from .trials import Trials, run_trials, show_trials
 
 # The command line, and what is refused: mha-book bench
@@ -42,7 +42,9 @@ SIZES = {  # such that all of it takes a CPU a quarter of an hour
     "compile": [[4, 256, 768, 12]],
     "decode": [[1, 128, 768, 12], [1, 1024, 768, 12], [1, 4096, 768, 12]],
     "language": [[1, 256, 576, 9], [1, 512, 576, 9]],
+    "flex": [[1, 4096, 512, 8]],
 }
+COMPILED = "compile", "flex"  # they need a compiler
 FRUGAL = "decode", "language"  # they hold no logits
 LARGE = [8, 1024, 768, 12]  # a GPU takes every suite at this size, too
 QUICK = [[2, 64, 128, 4]]
@@ -224,13 +226,13 @@ def _plan(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, list[tup
 def _suites(args: argparse.Namespace, device: torch.device) -> list[str]:
     "Those asked for, or all; ValueError where one of them has to be compiled and cannot."
     suites = list(dict.fromkeys(args.suites or SUITES))
-    reason = no_compiler(device) if "compile" in suites else ""
+    compiled = [suite for suite in suites if suite in COMPILED]
+    reason = no_compiler(device) if compiled else ""
     if reason and args.suites:
-        raise ValueError(f"suite compile: {reason}")
+        raise ValueError(f"suite {compiled[0]}: {reason}")
     if reason:
         warn(f"Nothing is compiled: {reason}")
-        suites.remove("compile")
-    return suites
+    return [suite for suite in suites if not (reason and suite in compiled)]
 
 
 # Measuring

@@ -9,7 +9,7 @@ from ..instruments.roofline import Machine
 from .ending import is_watched, say, warn
 from .measured import Row, Table, is_busy, memory, ratio_and_spread, share_of_peak
 from .suites import Contest, Setting
-from .suites_language import SUITES  # with the model's
+from .suites_flex import SUITES  # with the model's and FlexAttention's
 
 
 def hold(suite: str, at: Setting, contest: Contest, rounds: int, machine: Machine) -> Table:
@@ -24,8 +24,9 @@ def hold(suite: str, at: Setting, contest: Contest, rounds: int, machine: Machin
         timings = benchmark(contest.calls, device=at.device, rounds=rounds, progress=progress)
     rows = []
     for name, t in timings.items():
-        share, compiling = contest.flops / t.seconds / machine.flops, contest.compile_seconds.get(name)
-        rows.append(Row(name, t.ratio, t.low, t.high, t.seconds, t.peak_bytes, share, compiling, ""))
+        share = None if name in contest.others else contest.flops / t.seconds / machine.flops
+        compiling, note = contest.compile_seconds.get(name), contest.notes.get(name, "")
+        rows.append(Row(name, t.ratio, t.low, t.high, t.seconds, t.peak_bytes, share, compiling, note))
     rows += [Row(name, *[None] * 7, note) for name, note in contest.absent.items()]
     return Table(suite, contest.mode, at.size, rows)
 
@@ -45,10 +46,11 @@ def show(table: Table) -> str:
         note = "  <- A/A band" if i == 0 else ""
         if row.compile_seconds is not None:
             note = f"  compiled in {row.compile_seconds:.1f} s"
+        note += f"  {row.note}" if row.note else ""
         lines.append(
             f"  {row.name:{widest}}  {ratio_and_spread(table, row):22} "
             f"{row.seconds * 1e3:9.3f} {memory(table, row):>12} "
-            f"{share_of_peak(table, row):>12}{note}"
+            f"{'' if row.share is None else share_of_peak(table, row):>12}{note}"
         )
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from .files import write_text
 
 @dataclass(frozen=True)
 class Row:
-    "One contestant of a table; where it was not measured, `note` says why."
+    "One contestant of a table; where it was not measured, `note` says why, else what there is to say of it."
 
     name: str
     ratio: float | None  # its time over the base's, median of the rounds

@@ -1,7 +1,8 @@
 """What `mha-book bench` compares: contests of layers, of ways to write one, of implementations, of decoding steps.
 
 Only what computes the same is raced: every call of a contest has the same weights and the same inputs, and
-tests/bench/test_suites.py compares their outputs and gradients.
+tests/bench/test_suites.py compares their outputs and gradients. What a contest names in `others` computes something
+else, and says so by its name.
 """
 
 import time
@@ -37,6 +38,8 @@ class Contest:
     absent: dict[str, str] = field(default_factory=dict)
     compile_seconds: dict[str, float] = field(default_factory=dict)
     train: bool = False  # whether autograd records the calls
+    others: tuple[str, ...] = ()  # calls that compute something else, for scale
+    notes: dict[str, str] = field(default_factory=dict)  # what else is to be said of a call
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def no_compiler(device: torch.device) -> str:
             return "torch.compile needs Triton, and there is none"
         if device.type == "cpu" and not has_cpp_compiler():
             return "torch.compile needs a C++ compiler, and none was found (install g++)"
-        _compile_now(nn.GELU(), torch.zeros(4, device=device), {})
+        compile_now(nn.GELU(), (torch.zeros(4, device=device),), {})
     except Exception as error:  # a compiler can fail in many ways
         return f"torch.compile fails here: {' '.join(str(error).split())[:200]}"
     return ""
@@ -220,19 +223,24 @@ def _compiled(
         for name, module in modules.items():
             module(x)  # nor is what a module prepares once the compiler's work
             options = {"freezing": True} if name in frozen else {}
-            fast, contest.compile_seconds[name] = _compile_now(module, x, options)
+            fast, contest.compile_seconds[name] = compile_now(module, (x,), options)
             contest.calls[name] = partial(fast, x)
     return contest
 
 
-def _compile_now(module: nn.Module, x: Tensor, options: dict) -> tuple[Callable, float]:
-    "`module`, compiled for `x` without any cache on disk, and how many seconds that took."
+def compile_now(
+    function: Callable,
+    inputs: tuple[Tensor, ...],  # that it is compiled for
+    options: dict,  # of torch.compile
+    dynamic: bool | None = None,  # whether sizes and numbers may change; None = torch decides
+) -> tuple[Callable, float]:
+    "`function`, compiled without any cache on disk, and how many seconds that took."
     with without_compile_caches(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         warnings.simplefilter("ignore", DeprecationWarning)  # of what torch's compiler itself still uses
-        fast, start = torch.compile(module, options=options), time.perf_counter()
-        fast(x)
-        synchronize(x.device)
+        fast, start = torch.compile(function, options=options, dynamic=dynamic), time.perf_counter()
+        fast(*inputs)
+        synchronize(inputs[0].device)
     return fast, time.perf_counter() - start
 
 

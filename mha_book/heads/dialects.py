@@ -101,7 +101,7 @@ def _heads_first(tensor: Tensor, axes: str, head_dim: int) -> Tensor:
     letters = axes.replace("hd", "h d").split()
     return tensor.permute([letters.index(letter) for letter in "hde" if letter in letters])
 
-# %% ../../nbs/04a_layouts.ipynb #from-heads-first
+
 def _from_heads_first(heads: Tensor, axes: str) -> Tensor:
     "The inverse of `_heads_first`."
     letters = axes.replace("hd", "h d").split()
@@ -110,7 +110,7 @@ def _from_heads_first(heads: Tensor, axes: str) -> Tensor:
         return tensor
     return tensor.flatten(letters.index("h"), letters.index("d"))
 
-# %% ../../nbs/04a_layouts.ipynb #stack
+
 def _stack(pieces: list[Tensor], groups: int) -> Tensor:
     "Several parts, each with its heads first, as one tensor: group by group."
     if len(pieces) == 1:
@@ -118,7 +118,7 @@ def _stack(pieces: list[Tensor], groups: int) -> Tensor:
     pieces = [piece.unflatten(0, (groups, -1)) for piece in pieces]
     return torch.cat(pieces, dim=1).flatten(0, 1)
 
-# %% ../../nbs/04a_layouts.ipynb #unstack
+
 def _unstack(stacked: Tensor, counts: list[int], groups: int) -> list[Tensor]:
     "The inverse of `_stack`, for parts that have so many heads."
     if len(counts) == 1:
@@ -127,7 +127,7 @@ def _unstack(stacked: Tensor, counts: list[int], groups: int) -> list[Tensor]:
     parts = stacked.unflatten(0, (groups, -1)).split(shares, dim=1)
     return [part.flatten(0, 1) for part in parts]
 
-# %% ../../nbs/04a_layouts.ipynb #pairs
+
 def interleave_pairs(
     rows: Shaped[Tensor, "h d ..."],  # rows of heads of q or k, heads first
     rotary_dim: int | None = None,    # how many rows of a head are in pairs; None = all
@@ -143,14 +143,14 @@ def interleave_pairs(
     halves = rows[:, :width].unflatten(1, (-1, 2) if back else (2, -1))
     return torch.cat([halves.transpose(1, 2).flatten(1, 2), rows[:, width:]], dim=1)
 
-# %% ../../nbs/04a_layouts.ipynb #in-pairs
+
 def _in_pairs(piece: Tensor, part: str, dialect: Dialect, back: bool = False) -> Tensor:
     "The rows of q and k as the dialect pairs them; all else as it is."
     if part not in "qk" or dialect.pairs == "half_split":
         return piece
     return interleave_pairs(piece, dialect.rotary_dim, back)
 
-# %% ../../nbs/04a_layouts.ipynb #convert
+
 def convert_weights(
     weights: dict[str, Tensor],   # the projections of one layer
     source: str | Dialect,        # how they are written: a name of `DIALECTS`, or your own
@@ -175,7 +175,7 @@ def convert_weights(
     _refuse_names(others)
     return _write(_read(found, source, heads), target, heads)
 
-# %% ../../nbs/04a_layouts.ipynb #read
+
 def _read(tensors: dict, dialect: Dialect, heads: HeadLayout) -> dict:
     "Part and kind -> tensor, heads first; the bias of the output has no heads."
     found = {}
@@ -187,7 +187,7 @@ def _read(tensors: dict, dialect: Dialect, heads: HeadLayout) -> dict:
                   for part, piece in heads_of.items()}
     return found
 
-# %% ../../nbs/04a_layouts.ipynb #write
+
 def _write(found: dict, dialect: Dialect, heads: HeadLayout) -> dict[str, Tensor]:
     "The inverse of `_read`, under the dialect's own names."
     weights = {}
@@ -202,6 +202,7 @@ def _write(found: dict, dialect: Dialect, heads: HeadLayout) -> dict[str, Tensor
                 tensor = _from_heads_first(rows, _axes(dialect, parts, kind))
                 weights[name.format(stem)] = tensor.clone(memory_format=torch.contiguous_format)
     return weights
+
 
 # %% ../../nbs/04a_layouts.ipynb #under
 def _under(state: dict[str, Tensor], heads: HeadLayout, prefix: str = "",
@@ -232,7 +233,7 @@ def _is_within(name: str, whole: str) -> bool:
     "Whether the name of a tensor is `whole`, or begins with it up to a dot or a slash."
     return f"{name}.".replace("/", ".").startswith(f"{whole}.".replace("/", "."))
 
-# %% ../../nbs/04a_layouts.ipynb #shapes
+
 def _unit(parts: str, heads: HeadLayout) -> int:
     "How many rows move as one: a head, or a row where heads of several widths are stacked."
     widths = {heads.width(part) for part in parts}
@@ -263,7 +264,7 @@ def _axes(dialect: Dialect, parts: str, kind: str) -> str:
         return "e" if parts == "o" else "hd" if "hd" in dialect.axes else "h d"
     return dialect.out_axes if parts == "o" else dialect.axes
 
-# %% ../../nbs/04a_layouts.ipynb #names
+
 _ALIASES = {
     "q": "q_proj query self.query to_q Wq wq linear_q Q q in_proj attn_q in_proj.q_proj",
     "k": "k_proj key self.key to_k Wk wk linear_k K k attn_k in_proj.k_proj context_proj.k_proj",
@@ -296,7 +297,7 @@ def _known_names(dialect: Dialect) -> dict[str, tuple[str, str]]:
             others |= {form.format(alias): (parts, "bias") for form in _BIAS}
     return others | own
 
-# %% ../../nbs/04a_layouts.ipynb #find
+
 def _find(weights: dict[str, Tensor], dialect: Dialect, heads: HeadLayout
           ) -> tuple[dict, dict[str, Tensor]]:
     """Parts and kind -> tensor, after names, shapes and dtypes have been checked;
@@ -327,7 +328,7 @@ def _refuse_names(names: list[str] | dict[str, Tensor]) -> None:
             way = f"{', '.join(names)}: merge the adapter into the weights first (merge_and_unload)"
         raise ValueError(f"there is no place for some names: {way}")
 
-# %% ../../nbs/04a_layouts.ipynb #refuse-shape
+
 def _check_shape(name: str, tensor: Tensor, key: tuple[str, str],
                  dialect: Dialect, heads: HeadLayout) -> None:
     "Every axis but `e` has the size that the heads give it."
@@ -339,7 +340,7 @@ def _check_shape(name: str, tensor: Tensor, key: tuple[str, str],
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {heads} needs "
                          f"({', '.join(map(str, needed))}) in this dialect")
 
-# %% ../../nbs/04a_layouts.ipynb #refuse-alike
+
 def _check_together(found: dict, dialect: Dialect, others: dict) -> None:
     "All weights are there, in one floating dtype, and the output's bias fits."
     for parts, stem in dialect.names.items():
@@ -365,7 +366,7 @@ def _check_pieces(parts: str, kind: str, pieces: dict[str, Tensor]) -> None:
     if kind == "weight" and len(set(widths.values())) > 1:
         raise ValueError(f"parts that share a tensor must read one width, not {widths}")
 
-# %% ../../nbs/04a_layouts.ipynb #refuse-heads
+
 def _dialect(dialect: str | Dialect, heads: HeadLayout) -> Dialect:
     "The dialect of that name, if it can carry the heads."
     _check_kind("dialect", dialect, str | Dialect)
@@ -394,6 +395,7 @@ def _check_saved(saved: Tensor, heads: HeadLayout) -> None:
     if fault := heads.unlike(saved):
         raise ValueError(f"{fault}, with which they are to be read; to read them without: "
                          f"ignore=('_extra_state',)")
+
 
 # %% ../../nbs/04a_layouts.ipynb #from-state-dict
 def from_state_dict(
@@ -431,7 +433,7 @@ def from_state_dict(
     layer.load_state_dict(weights, strict=False, assign=True)
     return layer
 
-# %% ../../nbs/04a_layouts.ipynb #own-dialect
+
 def _own_dialect(layer: MultiHeadAttention) -> Dialect:
     "How a layer of this book holds its own weights."
     if layer.context_proj is None:
@@ -468,3 +470,4 @@ def _with_biases(found: dict) -> dict:
     zeros = {(part, "bias"): torch.zeros_like(weight[0, 0] if part == "o" else weight[..., 0])
              for (part, kind), weight in found.items() if kind == "weight"}
     return zeros | found
+

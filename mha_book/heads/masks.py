@@ -93,7 +93,7 @@ def convert_mask(
     folded = _fold(_shared(visible), wanted.axes, shape)
     return _say(folded, wanted.means, dtype or torch.get_default_dtype())
 
-# %% ../../nbs/04b_masks.ipynb #four-axes
+
 def _four_axes(mask: Tensor, axes: str, shape: tuple[int, ...]) -> Tensor:
     "A mask as b h n m; an axis that it does not write has size 1."
     sizes = dict(zip("bhnm", shape)) | dict(bh=shape[0] * shape[1])
@@ -107,7 +107,7 @@ def _four_axes(mask: Tensor, axes: str, shape: tuple[int, ...]) -> Tensor:
         mask = mask if axis in axes else mask.unsqueeze(place)
     return mask
 
-# %% ../../nbs/04b_masks.ipynb #shared
+
 def _shared(mask: Tensor) -> Tensor:
     "The same mask, with size 1 along every axis where nothing differs."
     for axis, size in enumerate(mask.shape):
@@ -115,7 +115,7 @@ def _shared(mask: Tensor) -> Tensor:
         mask = first if (mask == first).all() else mask
     return mask
 
-# %% ../../nbs/04b_masks.ipynb #fold
+
 def _fold(mask: Tensor, forms: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
     "A mask b h n m in the first form that has an axis for all that differs."
     for axes in forms:
@@ -128,7 +128,7 @@ def _fold(mask: Tensor, forms: tuple[str, ...], shape: tuple[int, ...]) -> Tenso
     raise ValueError(f"the mask differs along {', '.join(differs)}; "
                      f"the target writes {' or '.join(forms)} only")
 
-# %% ../../nbs/04b_masks.ipynb #visible
+
 def _visible(mask: Tensor, means: str) -> Bool[Tensor, "..."]:
     "True where a query may look."
     if means in ("may look", "hidden"):
@@ -151,7 +151,7 @@ def _visible(mask: Tensor, means: str) -> Bool[Tensor, "..."]:
                          f"a number that only shifts a logit is a bias")
     return shown
 
-# %% ../../nbs/04b_masks.ipynb #say
+
 def _say(visible: Tensor, means: str, dtype: torch.dtype) -> Tensor:
     "The inverse of `_visible`; `dtype` is that of an added mask."
     if means == "added":
@@ -169,7 +169,7 @@ def _mask_dialect(name: str) -> MaskDialect:
                          f"known: {', '.join(MASK_DIALECTS)}")
     return MASK_DIALECTS[name]
 
-# %% ../../nbs/04b_masks.ipynb #check-mask
+
 def _check_mask(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     "The types of what `convert_mask` is given, and that the mask holds numbers."
     check_tensor("mask", mask)
@@ -181,6 +181,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None)
                          f"got {shape!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is that of an added mask, a floating one; got {dtype!r}")
+
 
 # %% ../../nbs/04b_masks.ipynb #extra-keys
 class ExtraKeys(nn.Module):
@@ -310,7 +311,7 @@ def from_torch(
     layer.dropout = module.dropout
     return layer.train(module.training).requires_grad_(module.out_proj.weight.requires_grad)
 
-# %% ../../nbs/04b_masks.ipynb #from-torch-checks
+
 def _check_torch(module: nn.MultiheadAttention) -> None:
     "Raise for a module that is not torch's own, or computes something else."
     if not isinstance(module, nn.MultiheadAttention):
@@ -339,6 +340,7 @@ def _has_hooks(module: nn.Module) -> bool:
     "Whether hooks may change what the module takes or gives."
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
+
 # %% ../../nbs/04b_masks.ipynb #to-torch
 def to_torch(
     layer: MultiHeadAttention,   # with as many key-value heads as heads
@@ -365,7 +367,7 @@ def to_torch(
     module.load_state_dict(_torch_state(layer, together=c == e))
     return module.train(layer.training).requires_grad_(out.weight.requires_grad)
 
-# %% ../../nbs/04b_masks.ipynb #to-torch-checks
+
 def _check_ours(layer: MultiHeadAttention) -> None:
     "Raise for a layer that computes what torch's does not."
     if not isinstance(layer, MultiHeadAttention):
@@ -387,7 +389,7 @@ def _check_ours(layer: MultiHeadAttention) -> None:
         "qk_norm": layer.q_norm is not None, "position": layer.position is not None,
         "another attend": attend not in (plain_attention, fused_attend)})
 
-# %% ../../nbs/04b_masks.ipynb #torch-state
+
 def _torch_state(layer: MultiHeadAttention, together: bool) -> dict[str, Tensor]:
     "Torch's names; `together` means that q, k and v read one width and share a matrix."
     own = [proj for proj in (layer.in_proj, layer.context_proj) if proj is not None]
@@ -400,3 +402,4 @@ def _torch_state(layer: MultiHeadAttention, together: bool) -> dict[str, Tensor]
         return state | dict(in_proj_weight=torch.cat([proj.weight for proj in own]))
     q, (k, v) = own[0].weight, own[1].weight.chunk(2)
     return state | dict(q_proj_weight=q, k_proj_weight=k, v_proj_weight=v)
+

@@ -115,9 +115,9 @@ def assert_as_exact(
     got: Tensor,         # what the implementation gave, in its dtype
     exact: Tensor,       # the definition in float64
     plain: Tensor,       # the plain definition, computed in the dtype of `got`
-    magnitude: float,    # max |v| for an output, max |exact| for a gradient
+    magnitude: float | None = None,    # the rule's; the largest |exact| unless told
 ) -> None:
-    """Hold `got` to the tolerance rule; in float64, to 1e-12.
+    """Hold `got` to the rule of `tolerance`; in float64, to 1e-12.
 
     Raises AssertionError with the error, the bound and the place of the largest error.
     """
@@ -127,12 +127,14 @@ def assert_as_exact(
         t.detach().to("cpu", torch.float64) for t in (got, plain, exact))
     error = (got_64 - exact).abs()
     plain_error = (plain_64 - exact).abs().max().item()
+    magnitude = exact.abs().max().item() if magnitude is None else magnitude
     bound = tolerance(plain_error, got.dtype, magnitude)
     assert plain.shape == exact.shape and math.isfinite(bound), (
         f"nothing to compare with: the bound is {bound}")
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.max() <= bound, (
         f"error {error.max():.2e} at {worst}, allowed {bound:.2e} ({got.dtype})")
+
 
 # %% ../../nbs/91_testing.ipynb #tied-code
 @torch.no_grad()

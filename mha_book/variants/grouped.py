@@ -40,7 +40,7 @@ def repeat_kv_heads(
     check_answers(new, layer)
     return new
 
-# %% ../../nbs/16_grouped.ipynb #with-kv-heads
+
 def _with_kv_heads(
     layer: MultiHeadAttention,
     num_kv_heads: int,
@@ -103,7 +103,7 @@ def mean_kv_heads(
 
     return _with_kv_heads(layer, num_kv_heads, mean)
 
-# %% ../../nbs/16_grouped.ipynb #group-size
+
 def _group_size(layer: MultiHeadAttention, num_kv_heads: int) -> int:
     "Key-value heads of `layer` for each of `num_kv_heads`, or ValueError."
     check_layer(layer)
@@ -145,14 +145,14 @@ def rotate_kv_heads(
     check_answers(new, layer)
     return new
 
-# %% ../../nbs/16_grouped.ipynb #turn-rows
+
 def _turn(heads: Tensor, turns: Tensor) -> Tensor:
     "The d rows of each head, or its d biases, times its matrix."
     wide = float32_at_least(heads.dtype)
     turned = turns.to(wide) @ heads.to(wide).reshape(*turns.shape[:2], -1)
     return turned.reshape(heads.shape).to(heads.dtype)
 
-# %% ../../nbs/16_grouped.ipynb #check-turns
+
 def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
     "Refuse what is no rotation, and a layer that would notice."
     g, d = layer.layout.num_kv_heads, layer.layout.width(name[0])
@@ -171,7 +171,7 @@ def _check_turns(layer: MultiHeadAttention, name: str, turns: Tensor) -> None:
                          f"{square.abs().max().item():.1e} away from 1")
     _check_turnable(layer, name)
 
-# %% ../../nbs/16_grouped.ipynb #check-turnable
+
 def _check_turnable(layer: MultiHeadAttention, name: str) -> None:
     "Refuse a layer in which something works on single numbers of a key, or of an output."
     if name == "keys" and (layer.q_norm is not None or layer.position is not None):
@@ -209,13 +209,13 @@ def align_kv_heads(
         turns[part] = torch.cat([_towards_mean(group) for group in groups])
     return rotate_kv_heads(layer, *(turns[part] if part in parts else None for part in "kv"))
 
-# %% ../../nbs/16_grouped.ipynb #align-nearest
+
 def _nearest_rotations(products: Tensor) -> Tensor:
     "The orthogonal R that make |R F - M| least, from the M Fᵀ."
     left, _, right = torch.linalg.svd(products)
     return left @ right
 
-# %% ../../nbs/16_grouped.ipynb #align-rounds
+
 def _towards_mean(heads: Tensor, rounds: int = 10) -> Tensor:
     "Rotations, one a head, that bring r heads (r d t) near to their common mean."
     gram = torch.einsum("iat,jbt->ijab", heads, heads)    # F_i F_jᵀ: all that is needed
@@ -224,7 +224,7 @@ def _towards_mean(heads: Tensor, rounds: int = 10) -> Tensor:
         turns = _nearest_rotations(torch.einsum("iab,ijbc->jac", turns, gram))
     return turns
 
-# %% ../../nbs/16_grouped.ipynb #align-parts
+
 def _what_heads_say(layer: MultiHeadAttention, x: Tensor | None) -> tuple[Tensor, Tensor]:
     "Keys and values of all tokens in `x`, g d t; or the rows that make them."
     (k_rows, k_bias), (v_rows, v_bias) = (_rows_of(layer, part) for part in "kv")
@@ -248,7 +248,7 @@ def _rows_of(layer: MultiHeadAttention, part: str) -> tuple[Tensor, Tensor | Non
     return rows, None if bias is None else torch.stack(
         [proj.bias[at] for proj, at in homes]).to(wide)
 
-# %% ../../nbs/16_grouped.ipynb #align-check
+
 def _check_x(x: Tensor, proj: nn.Linear) -> None:
     "Refuse tokens of another kind, width or device, or none."
     check_floats("x", x)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from docutils import nodes
+from sphinx import addnodes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "_ext"))
@@ -94,22 +95,50 @@ def test_pages_inside_pages_are_found():
     assert pages(toc) == ["a", "b", "c"]
 
 
+ORDER = ["index", "03a_cut", "03b_layer", "07_ways", "12_floats", "91_testing", "api_heads"]
+
+
 @pytest.mark.parametrize(
     "page, shown",
     [
-        ("04b_masks", "4b. Title"),
-        ("16_grouped", "16. Title"),
-        ("03c_head_counts", "3c. Title"),
+        ("03a_cut", "1a. Title"),
+        ("03b_layer", "1b. Title"),
+        ("07_ways", "2. Title"),
+        ("12_floats", "3. Title"),
         ("91_testing", "Title"),
         ("api_heads", "Title"),
-        ("04B_masks", "Title"),
     ],
 )
-def test_a_page_shows_the_number_and_the_letter_of_its_file(page, shown):
+def test_chapters_are_numbered_without_gaps_and_with_the_letters_of_their_files(page, shown):
     title = nodes.title("", "Title")
-    section = nodes.section("", title)
-    book_pages.number_chapter(SimpleNamespace(env=SimpleNamespace(docname=page)), section)
+    book_pages.number_chapter(app_of(page), nodes.section("", title))
     assert title.astext() == shown
+
+
+def app_of(page: str) -> SimpleNamespace:
+    return SimpleNamespace(env=SimpleNamespace(docname=page, external_site_map=ORDER))
+
+
+@pytest.mark.parametrize(
+    "text, target, shown",
+    [
+        ("chapter 12", "12_floats", "chapter 3"),
+        ("Chapter 3", "03b_layer#there", "Chapter 1b"),
+        ("3a", "03a_cut.ipynb", "1a"),
+        ("the 12 floats", "12_floats", "the 12 floats"),
+        ("chapter 12", "status", "chapter 12"),
+    ],
+)
+def test_links_to_chapters_show_the_same_number(text, target, shown):
+    link = addnodes.pending_xref("", nodes.inline("", text), reftarget=target)
+    book_pages.number_chapter(app_of("index"), nodes.section("", nodes.paragraph("", "", link)))
+    assert link.astext() == shown
+
+
+def test_no_page_names_a_chapter_by_a_number_of_its_own():
+    """Numbers in links are filled in when the book is built; others would go stale."""
+    loose = re.compile(r"(?<!\[)\b[Cc]hapters? \d")
+    assert {page: loose.findall(prose(FILES[page])) for page in pages(TOC) if loose.search(prose(FILES[page]))} == {}
 
 
 def test_pages_of_one_number_all_have_letters():
@@ -150,3 +179,11 @@ def test_only_a_proof_that_ran_is_called_one(outputs, says, left):
     assert cell["prompt_show"] == cell["prompt_hide"] == says
     assert len([node for node in cell.findall(nodes.container) if node.get("nb_element") == "mime_bundle"]) == left
     assert ("proved" in cell["classes"]) == says.startswith("Proved") != ("unproved" in cell["classes"])
+
+
+def test_the_first_page_tells_what_the_page_of_the_wrong_cut_asserts():
+    counts = re.search(
+        r"== \[(\d+), (\d+), (\d+)\]", (ROOT / "nbs/21_pretrained.ipynb").read_text(encoding="utf8")
+    ).groups()
+    told = re.search(r"of (\d+) sentences \1 times.*finds (\d+)\. .*finds (\d+):", prose(FILES["index"]))
+    assert told and told.groups() == counts

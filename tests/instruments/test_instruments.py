@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,21 @@ def test_the_band_is_the_base_against_its_other_turn(monkeypatch):
     alone = clock.call(*[1.0] * WARM_UP, *[1.0, 2.0] * 21, 1.0)
     band = benchmark({"base": alone}, rounds=21)["base"]
     assert (band.low, band.high) == (0.5, 2.0)
+
+
+def test_the_bases_seconds_are_those_that_all_others_are_divided_by(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    base = clock.call(*[1.0] * WARM_UP, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.0)
+    timings = benchmark({"base": base, "other": clock.call(8.0)}, rounds=3)
+    assert timings["other"].seconds / timings["other"].ratio == timings["base"].seconds
+
+
+@pytest.mark.parametrize("turns", range(2, 8))
+def test_over_a_cycle_of_rounds_everyone_follows_everyone_else_equally_often(turns):
+    orders = list(instruments._orders(turns, 3 * 2 * turns))
+    assert all(sorted(order) == list(range(turns)) for order in orders)
+    pairs = [pair for order in orders for pair in pairwise(order)]
+    assert {pairs.count(pair) for pair in permutations(range(turns), 2)} == {6}
 
 
 def test_the_first_calls_do_not_count(monkeypatch):

@@ -942,7 +942,7 @@ def test_a_sink_is_never_held_back(dtype, scale, impl):
         options = dict(sinks=sinks, bias=bias, scale=scale)
         exact = reference_attention(q, k, v, **options)
         plain = attention(q, k, v, impl="math", **options)
-        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain, v.abs().max().item())
+        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain)
         assert exact.abs().max() > 0.1
 
 
@@ -969,7 +969,7 @@ def test_a_bias_may_be_lower_than_a_sink_of_minus_infinity(dtype, impl):
         options = dict(sinks=sinks.to(dtype), bias=bias)
         exact = reference_attention(q, k, v, **options)
         plain = attention(q, k, v, impl="math", **options)
-        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain, v.abs().max().item())
+        assert_as_exact(attention(q, k, v, impl=impl, **options), exact, plain)
 
 
 @OURS

@@ -305,7 +305,7 @@ def test_sinks_of_any_size_are_attentions(sink, dtype):
     sinks = torch.full((s.h,), sink, dtype=torch.float64)
     out, lse = attention_with_lse(**heads, sinks=sinks, **options)
     exact = reference_attention(**heads, sinks=sinks, **options)
-    assert_as_exact(out, exact, attention(**heads, sinks=sinks, **options, impl="math"), heads["v"].abs().max().item())
+    assert_as_exact(out, exact, attention(**heads, sinks=sinks, **options, impl="math"))
     assert not lse.isnan().any() and (lse.double() >= min(sink, 3e38) - 1e32).all()
 
 
@@ -362,7 +362,7 @@ def test_a_running_output_in_float32_stays_there():
         assert running[0].dtype == running[1].dtype == torch.float32
     whole = attention(q, k, v, impl="math")
     exact = reference_attention(q, k, v)
-    assert_as_exact(running[0].bfloat16(), exact, whole, v.abs().max().item())
+    assert_as_exact(running[0].bfloat16(), exact, whole)
 
 
 def test_the_widest_dtype_is_worked_in():

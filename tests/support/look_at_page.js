@@ -34,7 +34,7 @@ async () => {
   const root = document.documentElement;
   if (root.scrollWidth > root.clientWidth + 1 && !tooWide.length) tooWide.push(`the page: ${root.scrollWidth} px`);
 
-  // Figures are drawn in black: what lies behind them must be light.
+  // Figures are drawn in black, and their twins for dark pages in white: what lies behind them must be the opposite.
   const colour = (element) => getComputedStyle(element).backgroundColor.match(/[\d.]+/g).map(Number);
   const behind = (element) => {
     for (let e = element; e; e = e.parentElement) {
@@ -46,7 +46,9 @@ async () => {
   const linear = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
   const contrastWithBlack = ([r, g, b]) =>
     (0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) + 0.05) / 0.05;
-  const darkOnDark = all("img").filter((image) => visible(image) && contrastWithBlack(behind(image)) < 7)
+  const isTwin = (image) => image.getAttribute("src").endsWith(".dark.svg");
+  const unreadable = (image) => isTwin(image) ? contrastWithBlack(behind(image)) > 3 : contrastWithBlack(behind(image)) < 7;
+  const darkOnDark = all("img").filter((image) => visible(image) && unreadable(image))
     .map((image) => image.getAttribute("src"));
 
   return {
