@@ -98,7 +98,7 @@ def table(
         marked = ' class="marked"' if i in mark else ""
         body += f'<tr{marked}><th scope="row" class="{first[1]}">{first[0]}</th>{cells}</tr>'
     return Table(f'<div class="numbers" role="region" tabindex="0" aria-label="{escape(caption)}">'
-                 f'<table class="numbers"><caption>{_text(caption)}</caption>'
+                 f'<table class="numbers"><caption><span>{_text(caption)}</span></caption>'
                  f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 # %% ../nbs/90_figures.ipynb #table-parts
@@ -118,7 +118,7 @@ def _shown(value: object, spec: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return format(value, spec)
+        return {"nan": "NaN", "inf": "∞", "-inf": "−∞"}.get(str(value), format(value, spec))
     return format(value, ",") if isinstance(value, int) else _text(value)
 
 

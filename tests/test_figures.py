@@ -39,15 +39,16 @@ def test_a_table_shows_its_values_and_is_read_aloud():
     assert caption[2] == "Two layers" and seen.box["aria-label"] == "Two `layers`" and seen.box["tabindex"] == "0"
     assert [cell[2] for cell in head] == list(ROWS[0]) and all(cell[1]["scope"] == "col" for cell in head)
     assert [cell[2] for cell in first] == ["3 heads of 16", "9,216", "0.51", "yes"]
-    assert [cell[2] for cell in second] == ["1 head & <b>no</b> more", "–", "nan", "no"]
+    assert [cell[2] for cell in second] == ["1 head & <b>no</b> more", "–", "NaN", "no"]
     assert all(row[0][1]["scope"] == "row" for row in (first, second))
     assert [cell[1]["class"] for cell in first] == ["text", "number", "number", "text"]
     assert seen.rows == [{}, {}, {"class": "marked"}]
 
 
 def test_numbers_without_a_format_show_three_digits():
-    seen = Cells(table([{"a": 1.23456, "b": 12}], caption="c", formats={})._repr_html_()).cells
-    assert [cell[2] for cell in seen[3:]] == ["1.23", "12"]
+    rows = [{"a": 1.23456, "b": 12}, {"a": float("inf"), "b": 1}, {"a": float("-inf"), "b": 1}]
+    seen = Cells(table(rows, caption="c", formats={})._repr_html_()).cells
+    assert [cell[2] for cell in seen[3:]] == ["1.23", "12", "∞", "1", "−∞", "1"]
 
 
 @pytest.mark.parametrize(

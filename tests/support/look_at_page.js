@@ -51,7 +51,12 @@ async () => {
   const darkOnDark = all("img").filter((image) => visible(image) && unreadable(image))
     .map((image) => image.getAttribute("src"));
 
+  // Captions that nobody sees.
+  const hiddenCaptions = all("figcaption, caption").filter((caption) => !caption.closest("details:not([open])")
+    && !visible(caption)).map(name);
+
   return {
+    hidden_captions: hiddenCaptions,
     without_alt: withoutAlt, raw, too_wide: tooWide, dark_on_dark: darkOnDark,
     theme: root.dataset.theme ?? "", stamp: { ...article.querySelector(".stamp")?.dataset },
   };
