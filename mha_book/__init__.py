@@ -52,13 +52,8 @@ from mha_book.plugs.rope_scaling import (
     RoPENTKScaling,
     RoPEYaRNScaling,
 )
-from mha_book.variants.grouped import (
-    align_kv_heads,
-    folded_attend,
-    mean_kv_heads,
-    repeat_kv_heads,
-    rotate_kv_heads,
-)
+from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from .variants.grouped import folded_attend, repeat_kv_heads
 
 __all__ = [
     # The layer

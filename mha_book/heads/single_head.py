@@ -421,7 +421,10 @@ class AttentionHead(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,  # True = may look; broadcasts to b 1 n n
         is_causal: bool = False,                  # no looking ahead
     ) -> Float[Tensor, "b n d"]:                  # one mixture a token
-        "Project, attend, and drop the axis of the single head. TypeError for what is no tensor."
+        """Project, attend, and drop the axis of the single head.
+
+        Raises TypeError for what is no tensor.
+        """
         check_tensor("x", x)
         q, k, v = (proj(x)[:, None] for proj in (self.q_proj, self.k_proj, self.v_proj))
         return plain_attention(q, k, v, mask=mask, is_causal=is_causal)[:, 0]

@@ -55,7 +55,7 @@ def torch_kernel(
     return chosen, {name: _why_not(kernel, ask, unsaid, q.device.type)
                     for kernel, name in KERNELS.items() if name != chosen}
 
-# %% ../../nbs/07b_dispatch.ipynb #why-not
+
 def _why_not(
     kernel: SDPBackend,               # the one that does not run
     ask: Callable[[], SDPBackend],    # what would run
@@ -92,7 +92,7 @@ class Dispatch:
             *(f"  not the {name} kernel: {why}" for name, why in self.kernels.items()),
             *(f"  not {name}: {why}" for name, why in self.impls.items())])
 
-# %% ../../nbs/07b_dispatch.ipynb #recorder
+
 class _Asked(TorchFunctionMode):
     "Answers calls of torch's attention by an empty tensor, and notes what would run."
 
@@ -104,7 +104,7 @@ class _Asked(TorchFunctionMode):
         self.kernel, self.kernels = torch_kernel(*args, **kwargs)
         return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
 
-# %% ../../nbs/07b_dispatch.ipynb #explain
+
 def explain_dispatch(
     q: Float[Tensor, "b h n d"],               # queries
     k: Float[Tensor, "b g m d"],               # keys; g divides h
@@ -131,7 +131,7 @@ def explain_dispatch(
               for other in BACKENDS if other != name}
     return Dispatch(name, asked.kernel, others, asked.kernels or {})
 
-# %% ../../nbs/07b_dispatch.ipynb #explain-impl
+
 def _why_not_impl(call: AttentionCall, other: str, chosen: str, impl: str) -> str:
     "Why `other` does not run where `chosen` does."
     missing, reason = BACKENDS[other].lacks(call), BACKENDS[other].declines(call)

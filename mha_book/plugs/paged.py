@@ -60,7 +60,7 @@ class BlockPool:
                                for width in (head_dim, value_dim)])
 
     def has(self, count: int) -> bool:
-        "Whether so many blocks are free, after a look at who has died or is only held by itself."
+        "Whether so many blocks are free, once caches that nobody holds have given theirs back."
         if count <= self.left or count <= len(self.free):
             return True
         gc.collect()
@@ -132,14 +132,13 @@ class BlockPool:
         raise TypeError("two pools would write into one memory: copy.deepcopy copies it, and "
                         "copy.copy of a cache shares its blocks")
 
-
 # %% ../../nbs/10c_paged.ipynb #cache
 class PagedCache:
     """A cache by the protocol of `KVCache` whose rows are lists of blocks.
 
     A row takes a block when it needs one. `reorder` and `fork` copy tables, not tokens: a
     block that several rows have is copied when one of them writes into it. Several caches
-    may use one pool, and get from it what another one has given back, or had when it died.
+    may use one pool, and get from it what others have given back, or held when they ended.
     Reading gathers a row's blocks into one piece, a copy.
     Source: Kwon et al. 2023, arXiv 2309.06180.
     """
@@ -280,7 +279,6 @@ class PagedCache:
         return (f"PagedCache({len(self.seen)} rows, {sum(self.lengths)} tokens in blocks of "
                 f"{pool.block_size}; {len(pool.free)} of {len(pool.stack)} blocks free)")
 
-
 # %% ../../nbs/10c_paged.ipynb #slots
 class Tables:
     "Of each row of a cache, its blocks in order, and how many tokens stand in them."
@@ -373,7 +371,6 @@ class Tables:
         self.pool, tables, lengths = state
         self.pool.claim(flat(tables))
         self.set(tables, lengths)
-
 
 # %% ../../nbs/10c_paged.ipynb #rows-class
 class Rows(Tables):
@@ -479,7 +476,6 @@ class Rows(Tables):
         self.lay_out(longest)
 
 
-# %% ../../nbs/10c_paged.ipynb #rows-of-tables
 def flat(tables: Iterable[list[int]]) -> list[int]:
     "The blocks of all rows."
     return list(chain.from_iterable(tables))
@@ -519,4 +515,3 @@ def check_other(cache: "PagedCache", other: "PagedCache") -> None:
         raise ValueError("pools differ, and a block lies in one of them only: make both "
                          "caches on one pool, PagedCache(pool, batch_size)")
     join_writers(cache, other)
-

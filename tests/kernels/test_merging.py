@@ -83,7 +83,7 @@ def assert_parts_are_the_whole(cuts, tensors, options, dtype=torch.float64, part
     exact = outcome(partial(reference_attention, **options), tensors, torch.float64, upstream)
     plain = outcome(partial(attention, impl="math", **options), tensors, dtype, upstream)
     got = outcome(lambda **t: merge(*parts(cuts, **t, **options))[0], tensors, dtype, upstream)
-    sizes = [tensors["v"].abs().max() if tensors["v"].numel() else torch.tensor(1.0)]
+    sizes = [exact[0].abs().max() if exact[0].numel() else torch.tensor(1.0)]
     sizes += [max((g.abs().max() for g in exact[1:] if g.numel()), default=torch.tensor(1.0))] * len(exact[1:])
     for mine, true, simple, size in zip(got, exact, plain, sizes):
         assert mine.dtype == dtype

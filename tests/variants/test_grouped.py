@@ -17,8 +17,9 @@ from mha_book.heads.layer import MultiHeadAttention
 from mha_book.instruments.testing import SIZES, reference_attention
 from mha_book.kernels.backends import attention
 from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention
-from mha_book.variants import grouped
-from mha_book.variants.grouped import align_kv_heads, folded_attend, mean_kv_heads, repeat_kv_heads, rotate_kv_heads
+from mha_book.variants import aligning, grouped
+from mha_book.variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from mha_book.variants.grouped import folded_attend, repeat_kv_heads
 from support.mutants import FOLDS as WRONG_FOLDS
 from support.mutants import REPEATS, TURNS
 from support.refusals import refused
@@ -269,7 +270,7 @@ def test_aligned_heads_compute_the_same_and_have_a_nearer_mean(name, g, few, giv
     close(new(x, **call), layer(x, **call), atol=1e-10)
 
     def spread(one):
-        groups = [part.unflatten(0, (few, g // few)) for part in grouped._what_heads_say(one, sample)]
+        groups = [part.unflatten(0, (few, g // few)) for part in aligning._what_heads_say(one, sample)]
         return [(part - part.mean(1, keepdim=True)).square().sum().item() for part in groups]
 
     for before, after in zip(spread(layer), spread(new)):
@@ -302,7 +303,7 @@ def test_heads_that_were_only_turned_are_found_again(g, r, d, seed, bias, contex
 def test_the_first_rotation_is_the_nearest_of_many():
     torch.manual_seed(0)
     target, head = torch.randn(2, 4, 30, **float64)
-    best = grouped._nearest_rotations((target @ head.T)[None])[0]
+    best = aligning._nearest_rotations((target @ head.T)[None])[0]
     close(best @ best.T, torch.eye(4, **float64))
     distance = (best @ head - target).norm()
     assert all((other @ head - target).norm() >= distance for other in turns(500, 4))
@@ -317,13 +318,13 @@ def test_more_rounds_bring_heads_no_further_apart():
     heads = torch.randn(5, 6, 20, **float64)
 
     def spread(rounds):
-        turned = grouped._towards_mean(heads, rounds) @ heads
+        turned = aligning._towards_mean(heads, rounds) @ heads
         return (turned - turned.mean(0)).square().sum().item()
 
     found = [spread(rounds) for rounds in (0, 1, 2, 5, 10, 30)]
     assert all(later <= sooner + 1e-9 for sooner, later in zip(found, found[1:]))
     assert found[-2] < 0.99 * found[0] and found[-2] < 1.02 * found[-1]
-    close(grouped._towards_mean(heads), grouped._towards_mean(heads, 10))
+    close(aligning._towards_mean(heads), aligning._towards_mean(heads, 10))
 
 
 @pytest.mark.parametrize("options", [dict(), dict(context_dim=11), dict(bias=False)])
@@ -333,10 +334,10 @@ def test_heads_are_compared_by_what_they_say(options):
     x = tokens(s.m) if context is None else context
     _, k, v = layer.qkv(x if context is None else tokens(), context)
     k, v = (t.transpose(0, 1).flatten(1, 2).mT for t in (k, v))  # g d (b m)
-    keys, values = grouped._what_heads_say(layer, x)
+    keys, values = aligning._what_heads_say(layer, x)
     close(keys, k - k.mean(2, keepdim=True))
     close(values, v)
-    keys, values = grouped._what_heads_say(layer, None)  # the rows, and a value's bias as one more column
+    keys, values = aligning._what_heads_say(layer, None)  # the rows, and a value's bias as one more column
     proj, start = layer.rows("k", 0)[0], layer.rows("k", 0)[1].start
     rows = proj.weight[start:].unflatten(0, (2, 3, s.d))
     assert torch.equal(keys, rows[0])
@@ -349,7 +350,7 @@ def test_keys_are_compared_without_their_mean_and_padding_is_the_callers_affair(
     moved = copy.deepcopy(layer)
     with torch.no_grad():  # a constant in the keys: no softmax sees it, and no alignment
         moved.in_proj.bias[s.h * s.d : 2 * s.h * s.d] += 100 * torch.randn(s.h * s.d, **float64)
-    for one, other in zip(grouped._what_heads_say(layer, x), grouped._what_heads_say(moved, x)):
+    for one, other in zip(aligning._what_heads_say(layer, x), aligning._what_heads_say(moved, x)):
         close(one, other, atol=1e-9)
 
 
@@ -450,7 +451,7 @@ def test_a_layer_without_gradients_or_in_inference_can_be_changed():
 
 def wrong_repeat(layer, num_kv_heads, mutant=REPEATS["tiled heads"]):
     copies = num_kv_heads // layer.layout.num_kv_heads
-    return grouped._with_kv_heads(layer, num_kv_heads, lambda heads: mutant.apply(heads, copies))
+    return grouped.with_kv_heads(layer, num_kv_heads, lambda heads: mutant.apply(heads, copies))
 
 
 def test_tiled_heads_are_noticed_but_not_where_there_is_one():
@@ -475,5 +476,7 @@ def test_a_fold_that_mixes_heads_and_queries_is_noticed():
 
 
 def test_public_names():
-    for name in ("align_kv_heads", "folded_attend", "mean_kv_heads", "repeat_kv_heads", "rotate_kv_heads"):
+    for name in ("folded_attend", "repeat_kv_heads"):
         assert getattr(mha_book, name) is getattr(grouped, name)
+    for name in ("align_kv_heads", "mean_kv_heads", "rotate_kv_heads"):
+        assert getattr(mha_book, name) is getattr(aligning, name)
