@@ -11,8 +11,10 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 from api_source import Entry, Package, Param, first_sentence, shape_text, split_doc
 from docutils import nodes
+from nbdev_bridge import merge_setup
 from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
@@ -313,7 +315,7 @@ def name_cells(app, doctree) -> None:
     notebook = Path(app.env.doc2path(app.env.docname))
     if notebook.suffix != ".ipynb":
         return
-    cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
+    cells = merge_setup(nbformat.read(notebook, as_version=4).cells)
     for node in doctree.findall(nodes.container):
         index = node.get("cell_index", 0) - 1  # the stamp's cell comes first
         if node.get("nb_element") == "cell_code" and 0 <= index < len(cells) and "id" in cells[index]:

@@ -61,8 +61,7 @@ def name_first_pages(app, doctree) -> None:
 
 
 def setup(app):
-    "Register with Sphinx."
+    "Register with Sphinx. The book loads `_static/terms.js` by itself, as all that lies there."
     app.connect("doctree-read", note_terms)
     app.connect("doctree-resolved", explain_terms)
-    app.add_js_file("terms.js")
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -197,8 +197,10 @@ def test_a_term_shows_its_sentence(reader, view):
     page.goto(reader.address(HTML, view) + "90_figures.html")
     term, bubble = page.locator("a.term-link").first, page.locator("#term-bubble")
     assert not bubble.is_visible()
+    term.scroll_into_view_if_needed()
     term.hover()
-    assert bubble.is_visible() and len(bubble.inner_text().split()) > 3
+    bubble.wait_for(state="visible", timeout=5_000)
+    assert len(bubble.inner_text().split()) > 3
     assert term.get_attribute("aria-describedby") == "term-bubble"
     page.keyboard.press("Escape")
     assert not bubble.is_visible()

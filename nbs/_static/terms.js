@@ -13,6 +13,14 @@ document.addEventListener("DOMContentLoaded", () => {
     bubble.hidden = true;
     shown = null;
   };
+  const stand = () => {
+    if (!shown) return;
+    const place = shown.getBoundingClientRect();
+    const left = Math.min(place.left, document.documentElement.clientWidth - bubble.offsetWidth - 8);
+    const below = place.bottom + bubble.offsetHeight + 12 < window.innerHeight;
+    bubble.style.left = `${Math.max(8, left)}px`;
+    bubble.style.top = `${below ? place.bottom + 6 : place.top - bubble.offsetHeight - 6}px`;
+  };
   const show = (link) => {
     if (shown === link) return;
     hide();
@@ -20,11 +28,7 @@ document.addEventListener("DOMContentLoaded", () => {
     bubble.textContent = link.dataset.meaning;
     bubble.hidden = false;
     link.setAttribute("aria-describedby", bubble.id);
-    const place = link.getBoundingClientRect();
-    const left = Math.min(place.left, document.documentElement.clientWidth - bubble.offsetWidth - 8);
-    const below = place.bottom + bubble.offsetHeight + 12 < window.innerHeight;
-    bubble.style.left = `${Math.max(8, left)}px`;
-    bubble.style.top = `${below ? place.bottom + 6 : place.top - bubble.offsetHeight - 6}px`;
+    stand();
   };
 
   for (const link of document.querySelectorAll("a.term-link[title]")) {
@@ -43,6 +47,6 @@ document.addEventListener("DOMContentLoaded", () => {
     });
   }
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  document.addEventListener("scroll", hide, { passive: true });
+  document.addEventListener("scroll", stand, { passive: true });
   document.addEventListener("pointerdown", (event) => event.target.closest("a.term-link") || hide());
 });
