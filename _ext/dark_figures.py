@@ -51,6 +51,8 @@ def in_the_dark(colour: str) -> str:
     if max(values) - min(values) < 0.08:  # a grey: from the ground, for white, to the ink, for black
         share = 1 - sum(values) / 3
         return written(g + share * (i - g) for g, i in zip(channels(GROUND), channels(INK)))
+    if contrast(colour, "#ffffff") > 12:  # nearly black, whatever its hue
+        return INK
     hue, light, saturation = colorsys.rgb_to_hls(*values)
     if contrast(colour, GROUND) >= 3:
         return colour

@@ -153,7 +153,8 @@ def test_pages_of_one_number_all_have_letters():
 
 def cell_of_a_proof(*outputs: str) -> nodes.container:
     "A proof's cell as the book's reader makes it, each output in two forms."
-    cell = nodes.container("", nodes.container(nb_element="cell_code_source"), classes=["cell", "tag_proof"])
+    code = nodes.literal_block("", 'assert 1\n__import__("page_stamp").proved()')
+    cell = nodes.container("", nodes.container("", code, nb_element="cell_code_source"), classes=["cell", "tag_proof"])
     held = nodes.container(nb_element="cell_code_output")
     for html in outputs:
         forms = [nodes.container("", node) for node in (nodes.literal_block("", "text"), nodes.raw("", html))]
@@ -178,6 +179,7 @@ def test_only_a_proof_that_ran_is_called_one(outputs, says, left):
     cell = page.children[0]
     assert cell["prompt_show"] == cell["prompt_hide"] == says
     assert len([node for node in cell.findall(nodes.container) if node.get("nb_element") == "mime_bundle"]) == left
+    assert next(cell.findall(nodes.literal_block)).astext() == "assert 1"
     assert ("proved" in cell["classes"]) == says.startswith("Proved") != ("unproved" in cell["classes"])
 
 

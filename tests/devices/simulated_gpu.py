@@ -157,7 +157,7 @@ class SimulatedGPU(TorchFunctionMode):
         "What stands for a large product, for which no gradient is asked; None for everything else."
         if name not in PRODUCTS or not on_gpu(inputs[0]) or any(t.requires_grad or t.dim() < 2 for t in inputs[:2]):
             return None
-        flops = 2 * inputs[0].numel() * max(inputs[1].shape[-2:])
+        flops = 2 * inputs[0].numel() * inputs[1].shape[-2 if name == "linear" else -1]
         if flops < LARGE:
             return None
         time.sleep(flops / RATE)
