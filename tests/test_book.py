@@ -151,6 +151,9 @@ FAULTS = {
     "its images say what they show": ("served", "without_alt"),
     "no source shows through": ("served", "raw"),
     "nothing leaves a phone's screen": ("phone", "too_wide"),
+    "its text has contrast": ("served", "faint"),
+    "its text has contrast in the dark": ("dark", "faint"),
+    "a keyboard reaches what scrolls": ("phone", "unreachable"),
     "its captions are seen": ("served", "hidden_captions"),
     "its captions are seen in the dark": ("dark", "hidden_captions"),
 }
@@ -285,11 +288,14 @@ BAD = """<!doctype html><html data-theme="dark"><body style="margin:0; backgroun
 <p>see {ref}`there`</p><p>#| export</p><p>$$x$$</p>
 <img src="missing.png"><img src="a.svg" alt="_images/a.svg"><img src="a.svg" alt="a curve">
 <figure><figcaption style="display:none">lost</figcaption></figure>
+<p style="color:#777; background:#888">faint</p><p style="color:#888; background:#fff; font-size:30px">large</p>
+<table class="numbers"><tr><th>unsaid</th></tr></table>
+<pre style="overflow-x:auto; width:50px">a line that is longer than its box</pre>
 <div style="width:2000px">wide</div><div style="overflow-x:auto"><div style="width:2000px">scrolls</div></div>
 <a href="#nowhere">a</a><a href="none.html">b</a><a href="#here">c</a><i id="here"></i>
 <script src="https://example.org/x.js"></script><script>undefinedFunction()</script></article></body></html>"""
-GOOD = """<!doctype html><html data-theme="dark"><body style="margin:0; background:#111"><article>
-<pre>#| export  $$x$$</pre><img src="a.svg" alt="a curve" style="background:#fff"><a href="#here">c</a><i id="here"></i>
+GOOD = """<!doctype html><html data-theme="dark"><body style="margin:0; background:#111; color:#eee"><article>
+<pre>#| export  $$x$$</pre><img src="a.svg" alt="a curve" style="background:#fff"><a href="#here" style="color:#9cf">c</a><i id="here"></i>
 <div style="overflow-x:auto"><div style="width:2000px">scrolls</div></div></article></body></html>"""
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><path d="M0 0L9 9" stroke="black"/></svg>'
 
@@ -311,6 +317,8 @@ def test_bad_page_is_seen(reader, samples):
     assert len(seen["raw"]) == 3 and len(seen["without_alt"]) == 2
     assert len(reader.look(samples, "bad.html", "phone")["too_wide"]) == 1
     assert len(seen["hidden_captions"]) == 1
+    assert [fault.split(": ")[-1] for fault in seen["faint"] if "faint" in fault or "large" in fault] == ["faint"]
+    assert len(seen["unreachable"]) == 2
     assert len(reader.look(samples, "bad.html", "dark")["dark_on_dark"]) == 3
     assert reader.look(samples, "bad.html", "file")["noise"]
 

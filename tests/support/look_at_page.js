@@ -51,12 +51,35 @@ async () => {
   const darkOnDark = all("img").filter((image) => visible(image) && unreadable(image))
     .map((image) => image.getAttribute("src"));
 
+  // Text with less contrast than WCAG 2 asks for: 4.5, or 3 where it is large.
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const contrast = (one, other) => {
+    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const ownText = (element) => [...element.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  const faint = all("*").filter((element) => {
+    if (!ownText(element) || !visible(element) || element.closest("mjx-container, svg, script, style, .headerlink, kbd, .search-button__kbd-shortcut")) return false;
+    const style = getComputedStyle(element);
+    const [r, g, b, alpha = 1] = style.color.match(/[\d.]+/g).map(Number);
+    const ground = behind(element);
+    const mixed = [r, g, b].map((value, i) => alpha * value + (1 - alpha) * ground[i]);
+    const size = parseFloat(style.fontSize);
+    const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    return contrast(mixed, ground) < (large ? 3 : 4.5);
+  }).map((element) => `${getComputedStyle(element).color} on ${behind(element)}: ${name(element)}`);
+
+  // What a keyboard does not reach: boxes that scroll; and headers of tables that say nothing of what they head.
+  const unreachable = [...all(".numbers, .pst-scrollable-table-container, pre").filter((box) => visible(box)
+    && box.scrollWidth > box.clientWidth + 1 && scrolls(box) && box.tabIndex < 0),
+    ...all("table.numbers th:not([scope])")].map(name);
+
   // Captions that nobody sees.
   const hiddenCaptions = all("figcaption, caption").filter((caption) => !caption.closest("details:not([open])")
     && !visible(caption)).map(name);
 
   return {
-    hidden_captions: hiddenCaptions,
+    hidden_captions: hiddenCaptions, faint, unreachable,
     without_alt: withoutAlt, raw, too_wide: tooWide, dark_on_dark: darkOnDark,
     theme: root.dataset.theme ?? "", stamp: { ...article.querySelector(".stamp")?.dataset },
   };
