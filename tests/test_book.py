@@ -295,7 +295,8 @@ BAD = """<!doctype html><html data-theme="dark"><body style="margin:0; backgroun
 <a href="#nowhere">a</a><a href="none.html">b</a><a href="#here">c</a><i id="here"></i>
 <script src="https://example.org/x.js"></script><script>undefinedFunction()</script></article></body></html>"""
 GOOD = """<!doctype html><html data-theme="dark"><body style="margin:0; background:#111; color:#eee"><article>
-<pre>#| export  $$x$$</pre><img src="a.svg" alt="a curve" style="background:#fff"><a href="#here" style="color:#9cf">c</a><i id="here"></i>
+<pre>#| export  $$x$$</pre><img src="a.svg" alt="a curve" style="background:#fff">
+<a href="#here" style="color:#9cf">c</a><i id="here"></i>
 <div style="overflow-x:auto"><div style="width:2000px">scrolls</div></div></article></body></html>"""
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><path d="M0 0L9 9" stroke="black"/></svg>'
 
