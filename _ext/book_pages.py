@@ -6,11 +6,11 @@ import html
 import re
 
 from docutils import nodes
+from nbdev_bridge import PROVED
 from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
 CHAPTER = re.compile(r"^(\d\d)([a-z]?)_")
-MARK = '\n__import__("page_stamp").proved()'  # what the bridge writes behind a proof, for its run only
 NUMBER = re.compile(r"^((?:[Cc]hapter )?)\d+[a-z]?$")
 STAMP_VALUE = re.compile(r'data-(\w+)="([^"]*)"')
 COLUMNS = {
@@ -109,8 +109,8 @@ def state_proofs(app, doctree) -> None:
         for mark in marks:
             remove(bundle_of(mark), cell)
         for source in cell.findall(nodes.literal_block):
-            if source.astext().endswith(MARK):
-                source.rawsource = source.astext().removesuffix(MARK)
+            if source.astext().endswith(PROVED):
+                source.rawsource = source.astext().removesuffix(PROVED)
                 source[:] = [nodes.Text(source.rawsource)]
         opening = "Proved here: " if marks else "Not run, so not proved: "
         cell["prompt_show"] = cell["prompt_hide"] = opening + cell["prompt_show"]

@@ -53,9 +53,9 @@ def in_the_dark(colour: str) -> str:
         return written(g + share * (i - g) for g, i in zip(channels(GROUND), channels(INK)))
     if contrast(colour, "#ffffff") > 12:  # nearly black, whatever its hue
         return INK
-    hue, light, saturation = colorsys.rgb_to_hls(*values)
     if contrast(colour, GROUND) >= 3:
         return colour
+    hue, light, saturation = colorsys.rgb_to_hls(*values)
     while contrast(colour, GROUND) < CONTRAST:
         light += 0.02
         colour = written(colorsys.hls_to_rgb(hue, light, saturation))

@@ -24,6 +24,7 @@ TIMEOUT = 300  # seconds after which a notebook is stopped
 
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(?P<key>[^\s:]+)\s*:?\s*(?P<value>.*?)\s*$")
 CONTINUATION = re.compile(r"^\s*#\s*\|\s{2,}(?P<text>\S.*?)\s*$")
+PROVED = '\n__import__("page_stamp").proved()'  # stands behind a proof, for its run only
 EXPORT_CALL = re.compile(r"\bnbdev_export\s*\(")  # the customary last cell, which only writes the package
 
 
@@ -119,7 +120,7 @@ def translate(cell, flags: set[str]) -> None:
     "Replace a code cell's directives by tags and options."
     found, body = split_directives(cell.source)
     if "proof" in found:
-        body += '\n__import__("page_stamp").proved()'
+        body += PROVED
     tags = [*cell.metadata.get("tags", []), *cell_tags(found, body, flags)]
     options = {**cell.metadata.get("mystnb", {}), **render_options(found)}
     cell.source = body

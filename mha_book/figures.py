@@ -22,6 +22,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
+from .heads.single_head import is_number
+
 # %% ../nbs/90_figures.ipynb #style-code
 STYLE = {
     "figure.figsize": (6, 3.2), "figure.facecolor": "white",
@@ -87,7 +89,8 @@ def table(
     """
     formats = {} if formats is None else formats
     _check_table(rows, mark, formats)
-    kinds = {name: "number" if all(_is_number(row[name]) for row in rows) else "text"
+    kinds = {name: "number" if all(row[name] is None or is_number(row[name]) for row in rows)
+             else "text"
              for name in rows[0]}
     head = "".join(f'<th scope="col" class="{kinds[name]}">{_text(name)}</th>' for name in kinds)
     body = ""
@@ -102,10 +105,6 @@ def table(
                  f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 # %% ../nbs/90_figures.ipynb #table-parts
-def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _text(value: object) -> str:
     "Text, in which `code` stands between backticks."
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(str(value)))

@@ -213,6 +213,17 @@ def test_a_term_shows_its_sentence(reader, view):
 
 
 @needs_both
+def test_a_tap_on_a_term_explains_it_and_stays_on_the_page(reader):
+    context = reader.contexts["phone"].browser.new_context(viewport=VIEWS["phone"]["viewport"], has_touch=True)
+    page = context.new_page()
+    page.goto(reader.address(HTML, "phone") + "90_figures.html")
+    page.locator("a.term-link").first.tap()
+    page.locator("#term-bubble").wait_for(state="visible", timeout=5_000)
+    assert page.url.endswith("90_figures.html")
+    context.close()
+
+
+@needs_both
 @pytest.mark.parametrize("view, shown, hidden", [("served", "light", "dark"), ("dark", "dark", "light")])
 def test_a_page_shows_the_figure_that_fits(reader, view, shown, hidden):
     page = reader.contexts[view].new_page()
