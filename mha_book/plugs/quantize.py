@@ -8,6 +8,7 @@ __all__ = ['KV_FORMATS', 'NumberFormat', 'check_format', 'Codes', 'quantize', 'd
 
 # %% ../../nbs/18a_quantize.ipynb #imports
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -214,7 +215,7 @@ def _check_heads(name: str, x: Tensor, group: int = 1, real: Tensor | None = Non
 
 def round_values(
     v: Float[Tensor, "b g m dv"],
-    form: str,                              # one of KV_FORMATS
+    form: str | torch.dtype,                # one of KV_FORMATS
 ) -> Float[Tensor, "b g m dv"]:             # in the dtype of v
     """What comes back of values that are stored so. Integers: one scale and zero point for
     each token. Gradients pass as if nothing were rounded; where gradients are off, no
@@ -233,7 +234,7 @@ def round_values(
 
 def round_keys(
     k: Float[Tensor, "b g m d"],
-    form: str,                                  # one of KV_FORMATS
+    form: str | torch.dtype,                    # one of KV_FORMATS
     group: int = 64,                            # tokens of a block
     real: Bool[Tensor, "b m"] | None = None,    # False = padding; has no say in the scales
 ) -> Float[Tensor, "b g m d"]:                  # in the dtype of k
@@ -260,10 +261,10 @@ class HeadPrecision:
     Raises TypeError or ValueError for what is no list of formats, or no count.
     """
 
-    keys: tuple[str, ...]     # one of KV_FORMATS for each key-value head
-    values: tuple[str, ...]   # likewise
-    group: int = 64           # tokens that share the scale of a key's channel
-    exact_first: int = 0      # first tokens that stay as they are
+    keys: Sequence[str | torch.dtype]     # one of KV_FORMATS for each head; kept as names
+    values: Sequence[str | torch.dtype]   # likewise
+    group: int = 64                       # tokens that share the scale of a key's channel
+    exact_first: int = 0                  # first tokens that stay as they are
 
     def __post_init__(self):
         for name in "keys", "values":
@@ -282,10 +283,10 @@ class HeadPrecision:
     @classmethod
     def uniform(
         cls,
-        num_kv_heads: int,           # key-value heads, g
-        keys: str,                   # one of KV_FORMATS
-        values: str | None = None,   # as the keys unless told
-        **rest: int,                 # group, exact_first
+        num_kv_heads: int,                         # key-value heads, g
+        keys: str | torch.dtype,                   # one of KV_FORMATS
+        values: str | torch.dtype | None = None,   # as the keys unless told
+        **rest: int,                               # group, exact_first
     ) -> "HeadPrecision":
         "All heads alike."
         check_count("num_kv_heads", num_kv_heads)
@@ -316,8 +317,8 @@ class HeadPrecision:
 
 
 def key_bits(
-    form: str,     # one of KV_FORMATS
-    group: int,    # tokens of a block
+    form: str | torch.dtype,     # one of KV_FORMATS
+    group: int,                  # tokens of a block
 ) -> float:        # bits a number, scales and zero points counted
     "A channel of a block has a scale and a zero point of 16 bits each."
     form = check_format("form", form)
@@ -326,8 +327,8 @@ def key_bits(
 
 
 def value_bits(
-    form: str,         # one of KV_FORMATS
-    value_dim: int,    # width of a value
+    form: str | torch.dtype,     # one of KV_FORMATS
+    value_dim: int,              # width of a value
 ) -> float:            # bits a number, scales and zero points counted
     "A token has a scale and a zero point of 16 bits each."
     form = check_format("form", form)
