@@ -34,7 +34,9 @@ class NumberFormat:
         dtype: torch.dtype,    # of numbers that are to be stored
     ) -> bool:
         "Whether they stay what they are."
-        return self.dtype is not None and torch.promote_types(self.dtype, dtype) == self.dtype
+        if self.dtype is None or self.bits == 8:    # torch promotes no float8
+            return self.dtype == dtype
+        return torch.promote_types(self.dtype, dtype) == self.dtype
 
 
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32)
