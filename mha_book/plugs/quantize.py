@@ -147,7 +147,8 @@ def _as_float(x: Tensor, form: NumberFormat) -> Tensor:
     if form.holds(x.dtype):
         return x
     most = torch.finfo(form.dtype).max
-    return _straight_through(x.detach().clamp(-most, most).to(form.dtype).to(x.dtype), x)
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))    # where `most` is a number
+    return _straight_through(wide.clamp(-most, most).to(form.dtype).to(x.dtype), x)
 
 
 def round_values(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..heads.single_head import check_device
+from ..heads.single_head import check_device, is_whole
 from mha_book.plugs.cache import (
     Call,
     KVCache,
@@ -132,6 +132,8 @@ class Strip(NamedTuple):
         count: int,    # tokens behind the first ones: those of whole blocks, or all
     ) -> "Strip":
         "Without these: a window has gone past them."
+        if not count:
+            return self
         blocks = min(self.layout.blocks(count), self.codes.scale.shape[1])
         return self._replace(codes=Codes(*(t[:, blocks:].clone() for t in self.codes)),
                              tail=self.tail[:, count - blocks * self.layout.step:].clone())
@@ -403,6 +405,8 @@ def promised_bytes(
     """What `QuantizedKVCache.nbytes` is for one row: of each head the first tokens and the
     tail in `dtype`, the blocks in codes, and 4 bytes for each scale with its zero point.
     """
+    if not is_whole(tokens) or tokens < 0:
+        raise ValueError(f"tokens {tokens!r} must be an int, 0 or more")
     plan = Plan(precision, head_dim, value_dim or head_dim, window, keep_first)
     first = min(tokens, plan.first)
     behind, total = tokens - first - plan.gone(tokens), 0
