@@ -45,6 +45,7 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
+from .plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
@@ -70,6 +71,7 @@ __all__ = [
     "Finish", "OutputGate",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
+    "QuantizedKVCache", "promised_bytes",
     # Functions
     "attention", "attention_weights", "attention_logits", "attention_with_lse",
     "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",
