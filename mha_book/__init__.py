@@ -45,6 +45,7 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
+from .plugs.quantize import HeadPrecision, dequantize, quantize, round_keys, round_values
 from .plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
@@ -72,6 +73,8 @@ __all__ = [
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
+    # Fewer bits
+    "HeadPrecision", "quantize", "dequantize", "round_keys", "round_values",
     # Functions
     "attention", "attention_weights", "attention_logits", "attention_with_lse",
     "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",

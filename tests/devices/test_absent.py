@@ -22,11 +22,11 @@ from mha_book.lab.stress import Training, sequences, train
 from mha_book.models.encoder import encode, load_minilm
 from mha_book.models.language_model import load_smollm2
 from mha_book.plugs.cache import KVCache, Slots
-from mha_book.plugs.quantize import HeadPrecision
-from mha_book.plugs.quantized_cache import QuantizedKVCache
 from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention
 from mha_book.plugs.paged import BlockPool
 from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, distances
+from mha_book.plugs.quantize import HeadPrecision
+from mha_book.plugs.quantized_cache import QuantizedKVCache
 from mha_book.plugs.rope import rope_frequencies
 from support.refusals import refused
 

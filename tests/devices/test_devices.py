@@ -31,6 +31,7 @@ from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+from mha_book.plugs import quantize
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from support.mutants import DEVICES
@@ -492,6 +493,25 @@ CASES |= {
 }
 
 
+def in_fewer_bits(device, form):
+    "Keys of whole blocks with padding, values, and their gradients."
+    k, v = (torch.randn(s.b, s.g, s.m, width, device=device, requires_grad=True) for width in (s.d, s.dv))
+    near = mha_book.round_keys(k, form, 3, bits(s.b, s.m, device=device)), mha_book.round_values(v, form)
+    return *near, *torch.autograd.grad(sum(x.sum() for x in near), (k, v))
+
+
+def stored(device):
+    "Codes, packed and unpacked, and what comes back."
+    codes = mha_book.quantize(heads(device)[1], 5, -2)
+    packed = quantize.pack(codes.codes, 5)
+    unpacked = codes._replace(codes=quantize.unpack(packed, 5))
+    return *codes, packed, mha_book.dequantize(unpacked, torch.float32)
+
+
+CASES |= {f"round_keys, round_values: {form}": partial(in_fewer_bits, form=form) for form in quantize.KV_FORMATS}
+CASES["quantize, dequantize"] = stored
+
+
 def decoded(device, options, cached, real=None):
     "A prompt and single tokens, with gradients and without; all that the cache holds."
     layer = layer_of(device, position=turn_by_row)
@@ -675,6 +695,7 @@ WITHOUT_TENSORS = {
     "Dialect",
     "Finish",
     "HeadLayout",
+    "HeadPrecision",
     "benchmark",
     "Position",
     "cache_bytes",

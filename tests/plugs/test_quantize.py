@@ -513,3 +513,11 @@ def test_wrong_ways_to_quantise_are_noticed(wrong, monkeypatch):
     monkeypatch.setattr(module, "quantize", wrong)
     k = heads()
     assert not torch.equal(round_keys(k, "int5", M), keys_by_loops(k, 5, M).float())
+
+
+@pytest.mark.usefixtures("own_messages")
+@pytest.mark.parametrize("form", ["int3", "float8_e5m2"])
+def test_one_graph_holds_it(form):
+    k = heads()
+    for act in lambda x: round_values(x, form), lambda x: round_keys(x, form, 4):
+        assert torch.equal(torch.compile(act, fullgraph=True, backend="eager")(k), act(k))

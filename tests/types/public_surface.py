@@ -15,6 +15,7 @@ from mha_book import (
     Dialect,
     Finish,
     HeadLayout,
+    HeadPrecision,
     HeadTemperature,
     KVCache,
     LearnedPositions,
@@ -110,3 +111,11 @@ device: torch.device = mha_book.pick_device("cpu")
 timings = mha_book.benchmark({"layer": lambda: layer(x)})
 held: int = mha_book.peak_bytes(lambda: layer(x))
 size: int = mha_book.cache_bytes(12, 4, 16, 1024)
+
+# fewer bits
+policy: HeadPrecision = HeadPrecision.uniform(2, "int4", torch.bfloat16, group=32)
+mixed = HeadPrecision(["int4", torch.float16], ("int2", "int8"), exact_first=1).permuted([1, 0])
+stored: float = mixed.bits(16)
+codes = mha_book.quantize(k, 4, -1)
+again: Tensor = mha_book.dequantize(codes, k.dtype)
+coarse: list[Tensor] = [mha_book.round_keys(k, "int4", 2), mha_book.round_values(v, torch.float16)]
