@@ -46,6 +46,7 @@ from mha_book.plugs.logits import (
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
 from .plugs.quantize import HeadPrecision, dequantize, quantize, round_keys, round_values
+from .plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
@@ -71,6 +72,7 @@ __all__ = [
     "Finish", "OutputGate",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
+    "QuantizedKVCache", "promised_bytes",
     # Fewer bits
     "HeadPrecision", "quantize", "dequantize", "round_keys", "round_values",
     # Functions

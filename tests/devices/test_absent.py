@@ -25,6 +25,8 @@ from mha_book.plugs.cache import KVCache, Slots
 from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention
 from mha_book.plugs.paged import BlockPool
 from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, distances
+from mha_book.plugs.quantize import HeadPrecision
+from mha_book.plugs.quantized_cache import QuantizedKVCache
 from mha_book.plugs.rope import rope_frequencies
 from support.refusals import refused
 
@@ -39,6 +41,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),
     "KVCache": lambda device: KVCache(2, 3, 7, 8, device=device),
+    "QuantizedKVCache": lambda device: QuantizedKVCache(2, HeadPrecision.uniform(3, "int4"), 7, 8, device=device),
     "Slots": lambda device: Slots(torch.Size((2, 3, 7, 8)), torch.Size((2, 3, 7, 8)), device=device, dtype=None),
     "BlockPool": lambda device: BlockPool(5, 4, 3, 8, device=device),
     "causal_mask": lambda device: causal_mask(5, 7, device),

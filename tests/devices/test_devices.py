@@ -32,6 +32,8 @@ from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
 from mha_book.plugs import quantize
+from mha_book.plugs.quantize import HeadPrecision
+from mha_book.plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from support.mutants import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -570,6 +572,19 @@ def rows_come_and_go(device):
     return cache.k[:, :, cache.start : cache.end], cache.seen
 
 
+def rounded_rows(device):
+    "Of a cache of integers, what it reads after rows have come and gone, and its bytes."
+    formats = HeadPrecision(("int4", "int8", "float16"), ("int3", "float8_e5m2", "int4"), group=2, exact_first=1)
+    made = [QuantizedKVCache(s.b, formats, 12, s.d, device=device, dtype=torch.float64) for _ in range(2)]
+    cache = come_and_go(*made, device)
+    assert all(t.device.type == device.type for row in cache.slots.rows for t in row.strips[0][0].codes)
+    nothing = torch.zeros(2, len(cache.seen), s.g, 0, s.d, device=device, dtype=torch.float64)
+    assert cache.fork(torch.tensor([0], device=device)).nbytes == promised_bytes(
+        formats, int(cache.seen[0]), s.d, dtype=torch.float64
+    )
+    return cache.append(*nothing), cache.seen
+
+
 def blocks_come_and_go(device):
     cache = blocks(device)
     come_and_go(cache, mha_book.PagedCache(cache.pool, s.b), device)
@@ -653,6 +668,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
     ),
     "KVCache: reorder": partial(reordered, cached=slab),
     "KVCache: drop, fork, join": rows_come_and_go,
+    "QuantizedKVCache, promised_bytes": rounded_rows,
     "PagedCache, BlockPool": partial(decoded, options={}, cached=blocks),
     "PagedCache, BlockPool: padding": partial(
         decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]

@@ -23,6 +23,7 @@ from mha_book import (
     OutputGate,
     PagedCache,
     Position,
+    QuantizedKVCache,
     RelativeBias,
     RoPE,
     RoPELinearScaling,
@@ -48,7 +49,10 @@ tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
-caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
+rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
+quantized = QuantizedKVCache(2, rounded, 32, 16)
+held: bool = quantized.nbytes == 2 * mha_book.promised_bytes(rounded, 0, 16)
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache(), quantized]
 
 # the layer
 layout = HeadLayout(4, 2, 16)
