@@ -284,8 +284,9 @@ class RotatedPosition(nn.Module):
     """A plug for `position` that turns queries and keys by one orthogonal matrix behind
     another position: their products stay what they were, and a cache holds turned keys.
 
-    The matrix is no buffer: `.to(dtype)` of a layer does not round it. Raises TypeError or
-    ValueError for what is no orthogonal matrix.
+    The matrix is no buffer: `.to(dtype)` of a layer does not round it, and for a layer that is
+    made on meta and filled later it is to be made elsewhere, `device="cpu"`. Raises TypeError
+    or ValueError for what is no orthogonal matrix.
     """
 
     def __init__(
