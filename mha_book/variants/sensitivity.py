@@ -417,6 +417,7 @@ def _precisions(sensitivity: Sensitivity, chosen: dict) -> dict[str, HeadPrecisi
     "The formats of all places as a policy for each layer."
     found = {}
     for name, effects in sensitivity.effects.items():
-        keys, values = ([chosen[name, part, head] for head in range(effects.shape[1])] for part in (0, 1))
+        keys, values = (tuple(chosen[name, part, head] for head in range(effects.shape[1]))
+                        for part in (0, 1))
         found[name] = HeadPrecision(keys, values, sensitivity.group, sensitivity.exact_first)
     return found
