@@ -54,6 +54,13 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from mha_book.variants.sensitivity import (
+    Sensitivity,
+    allocate_precision,
+    allocation_bound,
+    head_sensitivity,
+    joint_effect,
+)
 
 __all__ = [
     # The layer
@@ -81,6 +88,9 @@ __all__ = [
     # Look at it
     "gradient_report", "largest_logits", "head_statistics", "error_report",
     "explain_dispatch",
+    # Which heads need bits
+    "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
+    "allocation_bound",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -130,7 +130,7 @@ def _checked_batches(batches: Iterable[tuple]) -> list[tuple]:
 def _one_tensor(y: object, is_loss: bool) -> Tensor:
     "The tensor that is compared; the last of a list, as of an encoder's hidden states."
     y = y[-1] if isinstance(y, list) and y else y
-    y = torch.tensor(float(y)) if is_loss and is_number(y) else y
+    y = torch.tensor(float(y), device="cpu") if is_loss and is_number(y) else y
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.numel() != 1 and is_loss:
         got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"loss must give one number, got {got}" if is_loss else
@@ -209,7 +209,8 @@ def head_sensitivity(
     forms = _checked_formats(dtypes)
     attentions, meter = _attentions(module, layers), _Meter(module, batches, outputs, loss)
     asked = _asked(attentions, meter, forms, group, exact_first)
-    effects = {name: torch.zeros(2, layer.layout.num_kv_heads, len(forms), dtype=torch.float64)
+    exact = dict(dtype=torch.float64, device="cpu")
+    effects = {name: torch.zeros(2, layer.layout.num_kv_heads, len(forms), **exact)
                for name, layer in attentions.items()}
     jobs = [(name, *place) for name, found in effects.items() 
             for place in product(*map(range, found.shape))]
@@ -344,8 +345,9 @@ def allocate_precision(
 ) -> dict[str, HeadPrecision]:    # of each layer
     """The formats with the least sum of single effects that the budget allows, of keys and of
     values of each head: a knapsack with several choices an item, solved exactly, by dynamic
-    programming over bits. The budget counts whole blocks, as `HeadPrecision.bits` does, and is
-    kept to one part in 10^9. Of equal effects the cheaper format is taken.
+    programming over bits. The budget counts whole blocks, as `HeadPrecision.bits` does, and
+    is kept to one part in 10^9. Of equal effects the cheaper format is taken.
+    Farber and Zeger 2006.
 
     Raises ValueError with the least possible budget where this one is below it, TypeError
     for what is no number.
@@ -355,9 +357,9 @@ def allocate_precision(
     steps = {place: [int((one.cost - options[0].cost) / unit) for one in options]
              for place, options in choices.items()}
     most = min(int(room / unit), sum(costs[-1] for costs in steps.values()))
-    best, picks = torch.zeros(most + 1, dtype=torch.float64), {}    # of so many steps or fewer
+    best, picks = torch.zeros(most + 1, dtype=torch.float64, device="cpu"), {}    # of so many steps
     for place, options in choices.items():
-        ways = torch.full((len(options), most + 1), math.inf, dtype=torch.float64)
+        ways = best.new_full((len(options), most + 1), math.inf)
         for way, step, option in zip(ways, steps[place], options):
             if step <= most:
                 way[step:] = best[:most + 1 - step] + option.effect
@@ -377,7 +379,7 @@ def allocation_bound(
     """A sum of single effects that no allocation within the budget goes below: the optimum if
     a head could be stored in two formats for parts of the time. It is the maximum over λ >= 0
     of Σ min (effect + λ · bits) - λ · budget, found on the convex hulls of the heads' points.
-    Shoham and Gersho 1988. Raises as `allocate_precision` does.
+    Raises as `allocate_precision` does.
     """
     choices = _choices(sensitivity)
     room, bound, slopes = float(_room(sensitivity, choices, budget)), 0.0, []

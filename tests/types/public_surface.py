@@ -106,3 +106,9 @@ device: torch.device = mha_book.pick_device("cpu")
 timings = mha_book.benchmark({"layer": lambda: layer(x)})
 held: int = mha_book.peak_bytes(lambda: layer(x))
 size: int = mha_book.cache_bytes(12, 4, 16, 1024)
+
+# which heads need bits
+measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4", torch.bfloat16], group=4)
+precisions = mha_book.allocate_precision(measured, 12.0)
+sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
+together: float = mha_book.joint_effect(layer, [(x,)], precisions)
