@@ -15,12 +15,12 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ..heads.layer import Attend, MultiHeadAttention
 from ..heads.single_head import check_number, float32_at_least, is_number
 from ..plugs.quantize import HeadPrecision, check_format, key_bits, round_keys, round_values, runs, value_bits
+from .mixed_precision import _check_precision, _seen_keys
 
 # %% ../../nbs/18d_sensitivity.ipynb #rounded-heads
 class _Rounded:
@@ -39,14 +39,6 @@ class _Rounded:
                 round_values(tokens, form) if part else
                 round_keys(tokens, form, self.group, None if real is None else real[:, self.first:]))
         return self.attend(q, *both, **options)
-
-
-def _seen_keys(mask: Bool[Tensor, "..."] | None, k: Tensor) -> Bool[Tensor, "b m"] | None:
-    "Keys that some query may look at; others, such as padding, have no say in a scale."
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    return mask.any(2).any(1).expand(k.shape[0], k.shape[2])
 
 
 @contextmanager
@@ -168,7 +160,7 @@ class Sensitivity:
     def _check(self, name: str, precision: HeadPrecision) -> None:
         if name not in self.effects:
             raise ValueError(f"layer {name!r} was not measured; there are {', '.join(map(repr, self.effects))}")
-        _check_heads(name, self.effects[name].shape[1], precision)
+        _check_precision(f"the precision of {name!r}", precision, self.effects[name].shape[1])
         if (precision.group, precision.exact_first) != (self.group, self.exact_first):
             raise ValueError(f"layer {name!r}: group {precision.group} and exact_first "
                              f"{precision.exact_first}; measured were {self.group} and {self.exact_first}")
@@ -176,13 +168,6 @@ class Sensitivity:
         if unknown:
             raise ValueError(f"layer {name!r}: {', '.join(sorted(unknown))} was not measured, only "
                              f"{', '.join(self.formats)}; a layer that is left out stays exact")
-
-
-def _check_heads(name: str, heads: int, precision: HeadPrecision) -> None:
-    if not isinstance(precision, HeadPrecision):
-        raise TypeError(f"layer {name!r} needs a HeadPrecision, got {type(precision).__name__}")
-    if len(precision.keys) != heads:
-        raise ValueError(f"layer {name!r} has {heads} key-value heads, its precision {len(precision.keys)}")
 
 # %% ../../nbs/18d_sensitivity.ipynb #head-sensitivity
 @torch.no_grad()
@@ -240,7 +225,7 @@ def joint_effect(
     """
     attentions, meter = _attentions(module, precisions), _Meter(module, batches, outputs, loss)
     for name, layer in attentions.items():
-        _check_heads(name, layer.layout.num_kv_heads, precisions[name])
+        _check_precision(f"the precision of {name!r}", precisions[name], layer.layout.num_kv_heads)
     meter.start()
     plugs = {layer: _Rounded(layer.attend, _policy_changes(p := precisions[name]), p.group, p.exact_first)
              for name, layer in attentions.items()}

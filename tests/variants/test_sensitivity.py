@@ -12,6 +12,7 @@ from mha_book.heads.layer import MultiHeadAttention
 from mha_book.instruments.testing import SIZES
 from mha_book.plugs.logits import SinkAttention
 from mha_book.plugs.quantize import HeadPrecision, round_keys, round_values
+from mha_book.variants.mixed_precision import use_precision
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -200,6 +201,21 @@ def test_first_tokens_and_other_heads_stay_exact():
     assert len(layer.attend.calls) == 2 + 2 * s.g
 
 
+def test_a_joint_effect_is_that_of_the_policy_in_use():
+    model, batches = Two(), [batch(), batch()]
+    precisions = {
+        "first": HeadPrecision(("int3", "int8", "int8")[: s.g], ("int4",) * s.g, GROUP, exact_first=1),
+        "rest.second": HeadPrecision.uniform(s.g, "int2", "int5", group=3),
+    }
+    moved = size = 0.0
+    for (x,) in batches:
+        y = model(x)[-1]
+        with use_precision(model, precisions):
+            moved += (model(x)[-1] - y).square().sum().item()
+        size += y.square().sum().item()
+    assert joint_effect(model, batches, precisions) == close(moved / size)
+
+
 # What is left behind
 
 
@@ -300,7 +316,7 @@ BAD = {
     "joint, other heads": (
         lambda x: joint_effect(build(), [x], {"": HeadPrecision.uniform(s.g + 1, "int4")}),
         ValueError,
-        [f"{s.g} key-value heads", f"{s.g + 1}"],
+        [f"the layer has {s.g}", f"{s.g + 1}"],
     ),
     "joint, no policy": (lambda x: joint_effect(build(), [x], {"": "int4"}), TypeError, ["HeadPrecision", "str"]),
 }
