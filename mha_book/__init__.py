@@ -67,6 +67,13 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from mha_book.variants.sensitivity import (
+    Sensitivity,
+    allocate_precision,
+    allocation_bound,
+    head_sensitivity,
+    joint_effect,
+)
 
 __all__ = [
     # The layer
@@ -100,6 +107,9 @@ __all__ = [
     # Look at it
     "gradient_report", "largest_logits", "head_statistics", "error_report",
     "explain_dispatch",
+    # Which heads need bits
+    "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
+    "allocation_bound",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -695,6 +695,17 @@ def judged(device):
     return layer
 
 
+def sensitive(device):
+    "What is measured on a device is kept on the CPU; the layer stays where it is."
+    layer, x = layer_of(device), tokens(device)
+    found = mha_book.head_sensitivity(layer, [(x,)], ["int4", "bfloat16"], group=4)
+    assert found.effects[""].device.type == "cpu"
+    precisions = mha_book.allocate_precision(found, 14.0)
+    assert mha_book.allocation_bound(found, 14.0) <= found.predict(precisions) * (1 + 1e-9)
+    assert mha_book.joint_effect(layer, [(x,)], precisions) > 0
+    return layer, layer(x)
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "error_report": judged,
@@ -723,6 +734,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+    "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
 }
 WITHOUT_TENSORS = {
     "Attend",

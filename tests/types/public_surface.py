@@ -130,3 +130,9 @@ stored: float = mixed.bits(16)
 codes = mha_book.quantize(k, 4, -1)
 again: Tensor = mha_book.dequantize(codes, k.dtype)
 coarse: list[Tensor] = [mha_book.round_keys(k, "int4", 2), mha_book.round_values(v, torch.float16)]
+
+# which heads need bits
+measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4", torch.bfloat16], group=4)
+precisions = mha_book.allocate_precision(measured, 12.0)
+sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
+together: float = mha_book.joint_effect(layer, [(x,)], precisions)
