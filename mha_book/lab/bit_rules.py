@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import check_layer
 from ..heads.layer import MultiHeadAttention
-from ..heads.single_head import check_count, is_number
+from ..heads.single_head import check_count
 from ..heads.weight_split import HeadLayout
 from ..kernels.backends import attention_logits
 from ..plugs.quantize import HeadPrecision, check_format, key_bits, round_values, runs, value_bits

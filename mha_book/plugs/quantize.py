@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from ..heads.single_head import check_count, is_whole
+from ..heads.single_head import check_count, check_floats, float32_at_least, is_whole
 
 # %% ../../nbs/18a_quantize.ipynb #formats
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class NumberFormat:
         dtype: torch.dtype,    # of numbers that are to be stored
     ) -> bool:
         "Whether they stay what they are."
-        return self.dtype is not None and torch.promote_types(self.dtype, dtype) == self.dtype
+        if self.dtype is None:
+            return False
+        mine, its = torch.finfo(self.dtype), torch.finfo(dtype)
+        return mine.eps <= its.eps and mine.max >= its.max and mine.tiny <= its.tiny
 
 
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32)
@@ -63,9 +66,36 @@ class Codes(NamedTuple):
 
 
 def _at_most(x: Tensor) -> Tensor:
-    "The nearest float16, or where that is larger than `x` the one below."
+    "The nearest float16, or where that is larger than `x` one just below it."
     near, below = x.half(), (x - x.abs() * 2**-10 - 2**-24).half()
     return torch.where(near.to(x.dtype) > x, below, near)
+
+
+def _check_bits(bits: int) -> None:
+    "Raise TypeError or ValueError unless codes of so many bits fit in a byte."
+    check_count("bits", bits)
+    if bits > 8:
+        raise ValueError(f"bits {bits}: a code is kept in a byte, so 1 to 8")
+
+
+def _check_group(x: Tensor, dim: int, real: Tensor | None) -> None:
+    "Raise TypeError or ValueError unless `x` has numbers along `dim`, and `real` says which."
+    check_floats("x", x)
+    if not is_whole(dim) or not -x.dim() <= dim < x.dim() or not x.shape[dim]:
+        raise ValueError(f"dim {dim!r} must be an axis of x that has numbers; the shape of x "
+                         f"is {tuple(x.shape)}")
+    if real is None:
+        return
+    if not isinstance(real, Tensor) or real.dtype != torch.bool:
+        raise TypeError(f"real must be a tensor of bools, True = a real number, got "
+                        f"{getattr(real, 'dtype', type(real).__name__)}")
+    try:
+        fits = torch.broadcast_shapes(real.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"real of shape {tuple(real.shape)} does not broadcast to x, "
+                         f"{tuple(x.shape)}")
 
 
 def quantize(
@@ -79,9 +109,12 @@ def quantize(
     rounded down to float16 and the scale up, so that they span the group.
 
     A group with a number that is not finite, or with a range beyond float16's, reads NaN.
+    Raises TypeError or ValueError for what are no floats, no bits or no axis.
     Affine quantisation: Jacob et al. 2018, arXiv 1712.05877.
     """
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    _check_bits(bits)
+    _check_group(x, dim, real)
+    x = x.detach().to(float32_at_least(x.dtype))
     low, high = (x, x) if real is None else (
         x.masked_fill(~real, math.inf), x.masked_fill(~real, -math.inf))
     low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
@@ -99,7 +132,7 @@ def dequantize(
     dtype: torch.dtype,         # of the result
 ) -> Float[Tensor, "..."]:
     "The numbers again: code · scale + zero."
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = float32_at_least(dtype)
     return (codes.codes.to(wide) * codes.scale.to(wide) + codes.zero.to(wide)).to(dtype)
 
 # %% ../../nbs/18a_quantize.ipynb #pack
@@ -108,11 +141,27 @@ def _planes(bits: int) -> list[tuple[int, int]]:
     return [(size, bits & size - 1) for size in (8, 4, 2, 1) if bits & size]
 
 
+def _check_codes(name: str, codes: Tensor, bits: int, eight: int) -> None:
+    "Raise TypeError or ValueError unless bytes are filled; 8 codes are `eight` of `codes`."
+    _check_bits(bits)
+    needed = eight // (bits & -bits)    # 8 codes always fit, of an even number of bits fewer
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+        raise TypeError(f"{name} must be a tensor of uint8, got "
+                        f"{getattr(codes, 'dtype', type(codes).__name__)}")
+    if not codes.dim() or codes.shape[-1] % needed:
+        raise ValueError(f"{name} of shape {tuple(codes.shape)}: at {bits} bits the last axis "
+                         f"must be a multiple of {needed}, so that whole bytes are filled")
+
+
 def pack(
-    codes: UInt8[Tensor, "*b d"],     # numbers below 2**bits; d is a multiple of 8
+    codes: UInt8[Tensor, "*b d"],     # numbers below 2**bits; d a multiple of 8 always fits
     bits: int,                        # 1 to 8
 ) -> UInt8[Tensor, "*b bytes"]:       # d · bits / 8
-    "Without the bits that are always 0: of 4-bit codes two in a byte."
+    """Without the bits that are always 0: of 4-bit codes two in a byte.
+
+    Raises TypeError for what is not uint8, ValueError where whole bytes are not filled.
+    """
+    _check_codes("codes", codes, bits, 8)
     pieces = []
     for size, first in _planes(bits):
         each = (codes >> first & (1 << size) - 1).unflatten(-1, (-1, 8 // size))
@@ -125,7 +174,8 @@ def unpack(
     packed: UInt8[Tensor, "*b bytes"],
     bits: int,
 ) -> UInt8[Tensor, "*b d"]:
-    "The codes that `pack` was given."
+    "The codes that `pack` was given. Raises as it does."
+    _check_codes("packed", packed, bits, bits)
     planes, codes = _planes(bits), 0
     sizes = [packed.shape[-1] * size // bits for size, _ in planes]
     for (size, first), piece in zip(planes, packed.split(sizes, -1)):
@@ -137,15 +187,29 @@ def unpack(
 # %% ../../nbs/18a_quantize.ipynb #rounded
 def _straight_through(rounded: Tensor, x: Tensor) -> Tensor:
     "`rounded`, with the gradient of `x` (Bengio et al. 2013, arXiv 1308.3432)."
-    return rounded.detach() + (x - x.detach()) if x.requires_grad else rounded
+    if not torch.is_grad_enabled():
+        return rounded
+    return rounded.detach() + (x - x.detach()).nan_to_num(0.0)    # inf - inf
 
 
 def _as_float(x: Tensor, form: NumberFormat) -> Tensor:
     "Through a float of fewer bits and back; beyond its range the largest that it has."
     if form.holds(x.dtype):
         return x
-    most = torch.finfo(form.dtype).max
-    return _straight_through(x.detach().clamp(-most, most).to(form.dtype).to(x.dtype), x)
+    most = min(torch.finfo(form.dtype).max, torch.finfo(x.dtype).max)
+    rounded = x.detach().clamp(-most, most).to(form.dtype).to(x.dtype)
+    return _straight_through(rounded.clamp(-most, most), x)    # bfloat16 may end beyond float16
+
+
+def _check_heads(name: str, x: Tensor, group: int = 1, real: Tensor | None = None) -> None:
+    "Raise TypeError or ValueError unless these are heads, a block, and what is real of them."
+    check_floats(name, x)
+    check_count("group", group)
+    if x.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; heads have four axes, b g m d")
+    if real is not None and (real.shape[:1], real.shape[1:]) != (x.shape[:1], x.shape[2:3]):
+        raise ValueError(f"real has shape {tuple(real.shape)}; needed: {(len(x), x.shape[2])}, "
+                         f"True for each token of {name} that is real")
 
 
 def round_values(
@@ -153,9 +217,15 @@ def round_values(
     form: str,                              # one of KV_FORMATS
 ) -> Float[Tensor, "b g m dv"]:             # in the dtype of v
     """What comes back of values that are stored so. Integers: one scale and zero point for
-    each token. Gradients pass as if nothing were rounded.
+    each token. Gradients pass as if nothing were rounded; where gradients are off, no
+    derivative does, one forward through `torch.func.jvp` included.
+
+    `torch.vmap` and `torch.compile` work; compiled, a scale may keep digits that float16
+    has not, so that a number may come back half a scale away on the other side. Raises
+    TypeError or ValueError for what is no format and for what are no heads.
     """
     form = check_format("form", form)
+    _check_heads("v", v)
     if form.dtype is not None:
         return _as_float(v, form)
     return _straight_through(dequantize(quantize(v, form.bits, -1), v.dtype), v)
@@ -169,9 +239,10 @@ def round_keys(
 ) -> Float[Tensor, "b g m d"]:                  # in the dtype of k
     """What comes back of keys that are stored so. Integers: one scale and zero point for each
     channel of each block of `group` tokens; those behind the last whole block stay as they
-    are. Gradients pass as if nothing were rounded. Liu et al. 2024, arXiv 2402.02750.
+    are. Gradients, `vmap` and errors as in `round_values`. Liu et al. 2024, arXiv 2402.02750.
     """
     form = check_format("form", form)
+    _check_heads("k", k, group, real)
     if form.dtype is not None:
         return _as_float(k, form)
     whole = k.shape[2] - k.shape[2] % group
@@ -218,7 +289,8 @@ class HeadPrecision:
     ) -> "HeadPrecision":
         "All heads alike."
         check_count("num_kv_heads", num_kv_heads)
-        return cls((keys,) * num_kv_heads, (values or keys,) * num_kv_heads, **rest)
+        values = keys if values is None else values
+        return cls((keys,) * num_kv_heads, (values,) * num_kv_heads, **rest)
 
     def permuted(
         self,
@@ -236,7 +308,8 @@ class HeadPrecision:
         value_dim: int | None = None,  # width of a value; head_dim unless told
     ) -> float:                        # bits a number, averaged over keys and values
         "Of whole blocks, scales and zero points counted: 16 bits each."
-        value_dim = value_dim or head_dim
+        value_dim = head_dim if value_dim is None else value_dim
+        check_count("head_dim", head_dim)
         total = sum(head_dim * key_bits(key, self.group) + value_dim * value_bits(value, value_dim)
                     for key, value in zip(self.keys, self.values))
         return total / (len(self.keys) * (head_dim + value_dim))
@@ -248,6 +321,7 @@ def key_bits(
 ) -> float:        # bits a number, scales and zero points counted
     "A channel of a block has a scale and a zero point of 16 bits each."
     form = check_format("form", form)
+    check_count("group", group)
     return form.bits + 32 / group * (form.dtype is None)
 
 
@@ -257,6 +331,7 @@ def value_bits(
 ) -> float:            # bits a number, scales and zero points counted
     "A token has a scale and a zero point of 16 bits each."
     form = check_format("form", form)
+    check_count("value_dim", value_dim)
     return form.bits + 32 / value_dim * (form.dtype is None)
 
 
