@@ -21,7 +21,6 @@ from ..instruments.device import _alone, pick_device
 from ..instruments.roofline import measure_machine
 from ..lab.one_wrong_line import HAMLET
 from ..lab.stress import TREATMENTS, Run, Training
-from ..models.encoder import package_file
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
 from .contests import announce, hold_suite
@@ -30,7 +29,7 @@ from .files import check_writable
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
 from .precision import Precision, as_precision, read_precision, run_precision, show_precision
-from .subjects import SUBJECTS
+from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
 from .suites import Setting, no_compiler
 from .suites_flex import SUITES  # with the model's and FlexAttention's
 from .trials import Trials, run_trials, show_trials
@@ -198,29 +197,11 @@ def _plan_heads(args: argparse.Namespace) -> tuple[torch.device]:
     "Where; ValueError says why not."
     if not 1 <= args.passages <= 100:
         raise ValueError(f"--passages {args.passages} must be 1 to 100")
-    _check_files(SMOLLM2, HAMLET)
+    check_packages(SMOLLM2, HAMLET)
     return (_check_common(args),)
 
 
-def _check_files(*files: tuple[str, str, str]) -> None:
-    "ValueError, with the command to run, where a package is not there."
-    for file in files:
-        try:
-            package_file(*file)
-        except (ModuleNotFoundError, FileNotFoundError) as error:
-            raise ValueError(str(error)) from None
-
-
 # mha-book precision
-
-
-TEXTS = {  # how many texts, of how many tokens: least, unless told, most, help
-    "sequences": (1, 32, 512, "that the encoder is tested on (32)"),
-    "calibration_sequences": (1, 8, 64, "on which its heads are measured (8)"),
-    "texts": (1, 8, 64, "that the language model is tested on (8)"),
-    "tokens": (64, 512, 1024, "of each, a multiple of 64 (512)"),
-    "calibration_tokens": (64, 256, 1024, "of the text on which its heads are measured, a multiple of 64 (256)"),
-}
 
 
 def _add_precision(commands: argparse._SubParsersAction) -> None:
@@ -243,17 +224,8 @@ def _add_precision(commands: argparse._SubParsersAction) -> None:
 
 def _plan_precision(args: argparse.Namespace) -> tuple[list[str], dict[str, int], Precision | None, torch.device]:
     "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
-    models = list(dict.fromkeys(args.models or SUBJECTS))
-    if unknown := [name for name in models if name not in SUBJECTS]:
-        raise ValueError(f"unknown model {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
-    sizes = {name: getattr(args, name) for name in TEXTS}
-    for name, (least, _, most, _) in TEXTS.items():
-        if not least <= sizes[name] <= most or sizes[name] % least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {sizes[name]} must be {least} to {most}"
-                + f", a multiple of {least}" * (least > 1)
-            )
-    _check_files(*[SMOLLM2] * ("language" in models), HAMLET)
+    models, sizes = checked_models(args.models), checked_sizes(vars(args))
+    check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
     device = _check_common(args)
     before = read_precision(args.json) if args.json is not None and args.json.exists() else None
     return models, sizes, before, device

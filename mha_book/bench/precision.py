@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..heads.weight_split import HeadLayout
 from ..instruments.device import _alone
-from ..lab.bit_rules import (
+from ..lab.frontier import (
     TRAITS,
     Storage,
     bootstrap,
@@ -77,7 +77,7 @@ class Precision(Origin):
         if not self.layouts or not self.layouts.keys() == self.formats.keys() or not {*self.traits} <= {*self.layouts}:
             raise ValueError(f"models differ: layouts {[*self.layouts]}, formats {[*self.formats]}")
         for i, one in enumerate(self.effects):
-            self._check_effects(one, f"effects[{i}]")
+            _check_effects(one, self.layouts, self.formats, f"effects[{i}]")
         texts: dict[str, int] = {}
         for i, point in enumerate(self.points):
             if texts.setdefault(point.model, len(point.scores)) != len(point.scores) or not point.scores:
@@ -87,18 +87,6 @@ class Precision(Origin):
         for places in [(one.model, one.exact_first, one.layer) for one in self.effects], [*map(_key, self.points)]:
             if len(set(places)) < len(places):
                 raise ValueError("the same was measured twice")
-
-    def _check_effects(self, one: Effects, where: str) -> None:
-        "ValueError for another number of heads or formats than the model has, and for effects below 0."
-        try:
-            _, g, *_ = self.layouts[one.model][one.layer]
-        except KeyError:
-            raise ValueError(f"{where} is of layer {one.layer!r} of {one.model!r}, which is not there") from None
-        shape = [len(self.formats[one.model])] * g
-        if [[*map(len, heads)] for heads in one.effects] != [shape, shape]:
-            raise ValueError(f"{where} is not of 2 parts, {g} heads and {shape[0]} formats")
-        if min(itertools.chain(*itertools.chain(*one.effects))) < 0:
-            raise ValueError(f"{where} holds a number below 0")
 
     def heads(
         self,
@@ -160,6 +148,19 @@ class Precision(Origin):
         if base is None:
             return bootstrap(pairs, lambda rows: rows[..., 0].mean(-1).sqrt(), self.seed)
         return bootstrap(pairs, lambda rows: (rows[..., 0].mean(-1) / rows[..., 1].mean(-1)).sqrt(), self.seed)
+
+
+def _check_effects(one: Effects, layouts: dict, formats: dict, where: str) -> None:
+    "ValueError for another number of heads or formats than the model has, and for effects below 0."
+    try:
+        _, g, *_ = layouts[one.model][one.layer]
+    except KeyError:
+        raise ValueError(f"{where} is of layer {one.layer!r} of {one.model!r}, which is not there") from None
+    shape = [len(formats[one.model])] * g
+    if [[*map(len, heads)] for heads in one.effects] != [shape, shape]:
+        raise ValueError(f"{where} is not of 2 parts, {g} heads and {shape[0]} formats")
+    if min(itertools.chain(*itertools.chain(*one.effects))) < 0:
+        raise ValueError(f"{where} holds a number below 0")
 
 
 def _key(point: Point) -> tuple:
@@ -227,12 +228,6 @@ for number in range(RANDOM):
     )
 EXACT_TOO = "uniform", "keys +2 bits", "rotated, one scale a token", BEST  # with the first token exact, too
 FEWER = "uniform", "keys +2 bits", "rotated, one scale a token", "bits by entropy", BEST  # at other budgets
-    "uniform",
-    "keys +2 bits",
-    "rotated, one scale a token",
-    "bits by entropy",
-    BEST,
-)  # at budgets that are not the main one
 CACHED = "uniform", "keys +2 bits", BEST
 
 

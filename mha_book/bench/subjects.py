@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lab.bit_rules import Storage, head_traits, kv_layouts, stored_as
+from ..lab.frontier import Storage, head_traits, kv_layouts, stored_as
 from ..lab.one_wrong_line import HAMLET, token_nll
 from ..models.encoder import load_minilm, package_file
 from ..models.language_model import load_smollm2
@@ -49,6 +49,29 @@ def tests(
     each = -(-texts // len(PLAYS))
     found = torch.stack([passages(tokenizer, play, each, tokens) for play in PLAYS[: min(texts, len(PLAYS))]])
     return found.transpose(0, 1).flatten(0, 1)[:texts]
+
+
+# How many of them
+
+
+TEXTS = {  # least, unless told, most, what it is; always a multiple of the least
+    "sequences": (1, 32, 512, "that the encoder is tested on (32)"),
+    "calibration_sequences": (1, 8, 64, "on which its heads are measured (8)"),
+    "texts": (1, 8, 64, "that the language model is tested on (8)"),
+    "tokens": (GROUP, 512, 1024, "of each, a multiple of 64 (512)"),
+    "calibration_tokens": (GROUP, 256, 1024, "of the text on which its heads are measured, a multiple of 64 (256)"),
+}
+
+
+def checked_sizes(
+    given: dict[str, int],  # by the names of TEXTS
+) -> dict[str, int]:
+    "The same; ValueError for a number that is too small, too large or no whole number of blocks."
+    for name, (least, _, most, _) in TEXTS.items():
+        if not least <= given[name] <= most or given[name] % least:
+            blocks = f", a multiple of {least}" * (least > 1)
+            raise ValueError(f"--{name.replace('_', '-')} {given[name]} must be {least} to {most}{blocks}")
+    return {name: given[name] for name in TEXTS}
 
 
 # Models
@@ -196,3 +219,22 @@ def load_language(sizes: dict[str, int], device: torch.device) -> Subject:
 
 
 SUBJECTS = {"encoder": load_encoder, "language": load_language}
+
+
+def checked_models(
+    asked: list[str],  # none means all
+) -> list[str]:
+    "Each model once. ValueError for one that is not there."
+    for name in asked:
+        if name not in SUBJECTS:
+            raise ValueError(f"unknown model {name!r}; there are {', '.join(SUBJECTS)}")
+    return list(dict.fromkeys(asked or SUBJECTS))
+
+
+def check_packages(*files: tuple[str, str, str]) -> None:
+    "ValueError, with the command to run, where a package is not there."
+    for file in files:
+        try:
+            package_file(*file)
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise ValueError(str(error)) from None
