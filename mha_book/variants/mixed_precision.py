@@ -25,6 +25,7 @@ from mha_book.heads.single_head import (
     check_device,
     check_floats,
     check_inputs,
+    derived_once,
     fused_attend,
 )
 from ..plugs.quantize import HeadPrecision, check_format, round_keys, round_values, runs
@@ -147,7 +148,7 @@ class MixedPrecision(nn.Module):
             own = self._rounded(q[:, of_q], k[:, heads], v[:, heads], *pair, seen)
             out = self.attend(*own, mask=_of_heads(mask, of_q), bias=_of_heads(bias, of_q),
                               is_causal=is_causal, dropout_p=dropout_p)
-            outs.append(out.to(q.dtype).transpose(1, 2))
+            outs.append(derived_once(out).to(q.dtype).transpose(1, 2))
         # beside each other as `merge_heads` wants them, so that it need not copy
         return (torch.cat(outs, 2) if len(outs) > 1 else outs[0]).transpose(1, 2)
 
@@ -411,6 +412,8 @@ def precisions_from_json(
 def _precision_of(name: str, own: object) -> HeadPrecision:
     "The policy that stands under a name."
     _check_fields(f"layer {name!r}", own, _FIELDS)
+    own = {field: tuple(value) if isinstance(value, list) else value
+           for field, value in own.items()}
     try:
         return HeadPrecision(**own)
     except (TypeError, ValueError) as error:
