@@ -204,7 +204,18 @@ class Known:
         return Storage(hand_out(self.best, scores))
 
 
+def negative(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The lowest first."
+    return {name: -score for name, score in scores.items()}
+
+
+def added(*wishes: dict[str, Tensor]) -> dict[str, Tensor]:
+    "What two rules want together."
+    return {name: sum(wish[name] for wish in wishes) for name in wishes[0]}
+
+
 RANDOM = 3  # seeds
+SPARED = 3  # heads
 BEST = "mixed, by effect"
 RULES: dict[str, Callable[[Known], Storage]] = {
     "uniform": lambda known: known.fit(),
@@ -215,11 +226,14 @@ RULES: dict[str, Callable[[Known], Storage]] = {
     "rotated": lambda known: known.fit(rotated=True),
     "rotated, one scale a token": lambda known: known.fit(token_keys=True, rotated=True),
     "bits by entropy": lambda known: known.fit(by_entropy(known.trait(1))),
-    "first-token heads spared": lambda known: known.fit(spare(known.trait(2), 3)),
+    "first-token heads spared": lambda known: known.fit(spare(known.trait(2), SPARED)),
+    "low-entropy heads spared, others by entropy": lambda known: known.fit(
+        added(spare(negative(known.trait(1)), SPARED), by_entropy(known.trait(1)))
+    ),
     BEST: lambda known: Storage(known.best),
     f"{BEST}, rotated": lambda known: Storage(known.best, rotated=True),
     "same formats, largest logit first": lambda known: known.handed(known.trait(0)),
-    "same formats, lowest entropy first": lambda known: known.handed({n: -x for n, x in known.trait(1).items()}),
+    "same formats, lowest entropy first": lambda known: known.handed(negative(known.trait(1))),
     "same formats, first token first": lambda known: known.handed(known.trait(2)),
 }
 for number in range(RANDOM):
@@ -227,7 +241,7 @@ for number in range(RANDOM):
         random_scores(known.layouts, known.seed + number)
     )
 EXACT_TOO = "uniform", "keys +2 bits", "rotated, one scale a token", BEST  # with the first token exact, too
-FEWER = "uniform", "keys +2 bits", "rotated, one scale a token", "bits by entropy", BEST  # at other budgets
+FEWER = "uniform", "keys +2 bits", "values +2 bits", "rotated, one scale a token", "bits by entropy", BEST  # elsewhere
 CACHED = "uniform", "keys +2 bits", BEST
 
 

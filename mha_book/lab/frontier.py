@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..heads.head_counts import check_layer
 from ..heads.layer import MultiHeadAttention
-from ..heads.single_head import check_count
+from ..heads.single_head import check_count, is_number
 from ..heads.weight_split import HeadLayout
 from ..kernels.backends import attention_logits
 from ..plugs.quantize import HeadPrecision, check_format, key_bits, round_values, runs, value_bits
@@ -135,7 +136,8 @@ def fit_bits(
 ) -> dict[str, HeadPrecision]:
     """Integers of 2 to 8 bits for each head's keys and values: round(wanted + s), with the
     largest s that the budget has room for; what is left goes to those that are nearest to
-    their next bit. Where nothing is wanted all are alike, as far as the budget divides.
+    their next bit, of all layers alike. Where nothing is wanted all are alike, as far as the
+    budget divides.
 
     Raises ValueError where two bits for all are more than the budget.
     """
@@ -150,7 +152,7 @@ def fit_bits(
     room = (budget - least) * sum(sizes.values()) + 1e-6
     steps = [(width + 0.5 - (float(wanted[name][part, i]) if wanted else 0.0), width, place)
              for place in sizes for name, part, i in [place] for width in WIDTHS[:-1]]
-    for _, _, place in sorted(steps, key=lambda step: step[:2]):
+    for _, _, place in sorted(steps, key=lambda step: (*step[:2], step[2][2])):
         if sizes[place] <= room:
             widths[place] += 1
             room -= sizes[place]
