@@ -241,23 +241,23 @@ for number in range(RANDOM):
         random_scores(known.layouts, known.seed + number)
     )
 EXACT_TOO = "uniform", "keys +2 bits", "rotated, one scale a token", BEST  # with the first token exact, too
-FEWER = "uniform", "keys +2 bits", "values +2 bits", "rotated, one scale a token", "bits by entropy", BEST  # elsewhere
+FEWER = "uniform", "keys +2 bits", "values +2 bits", BEST  # of a language model, at other budgets
 CACHED = "uniform", "keys +2 bits", BEST
 
 
 def planned(subject: Subject) -> list[tuple]:  # keys of points
     "Which rules are tried on a model, the main budget first; of a language model, which takes long, fewer elsewhere."
-    name, plan = subject.name, []
-    speaks = name == "language"
-    if speaks:
-        plan.append((name, "exact", 32.0, 0, "rounded"))
-    for budget in sorted(subject.budgets, key=lambda budget: budget != subject.main):
-        rules = FEWER if speaks and budget != subject.main else RULES
-        for first, rule in itertools.product(subject.firsts, rules):
-            if first == 0 or rule in EXACT_TOO:
-                plan.append((name, rule, budget, first, "rounded"))
-    cached = itertools.product(subject.firsts, CACHED) if speaks else ()
-    return plan + [(name, rule, subject.main, first, "cache") for first, rule in cached]
+    name, main, speaks = subject.name, subject.main, subject.name == "language"
+    plan = [(name, "exact", 32.0, 0, "rounded")] if speaks else []
+    for budget in main, *(budget for budget in subject.budgets if budget != main):
+        rules = FEWER if speaks and budget != main else RULES
+        tried = [
+            (first, rule) for first, rule in itertools.product(subject.firsts, rules) if not first or rule in EXACT_TOO
+        ]
+        plan += [(name, rule, budget, first, "rounded") for first, rule in tried]
+        if speaks and budget == main:
+            plan += [(name, rule, budget, first, "cache") for first, rule in itertools.product(subject.firsts, CACHED)]
+    return plan
 
 
 # The runs

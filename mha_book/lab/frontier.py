@@ -161,8 +161,8 @@ def fit_bits(
 
 def _policies(layouts: dict[str, HeadLayout], widths: dict, rest: dict) -> dict:
     "The formats of those widths, layer by layer."
-    def formats(name: str, part: int) -> list[str]:
-        return [f"int{widths[name, part, i]}" for i in range(layouts[name].num_kv_heads)]
+    def formats(name: str, part: int) -> tuple[str, ...]:
+        return tuple(f"int{widths[name, part, i]}" for i in range(layouts[name].num_kv_heads))
     return {name: HeadPrecision(formats(name, 0), formats(name, 1), **rest) for name in layouts}
 
 # %% ../../nbs/18e_frontier.ipynb #rules
@@ -211,8 +211,8 @@ def hand_out(
     new, first = {}, 0
     for name, policy in precisions.items():
         heads = slice(first, first := first + len(policy.keys))
-        new[name] = HeadPrecision(given["keys"][heads], given["values"][heads],
-                                  policy.group, policy.exact_first)
+        formats = (tuple(given[part][heads]) for part in ("keys", "values"))
+        new[name] = HeadPrecision(*formats, policy.group, policy.exact_first)
     return new
 
 
