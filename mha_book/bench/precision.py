@@ -30,7 +30,7 @@ from ..lab.frontier import (
 from ..variants.sensitivity import Sensitivity, allocate_precision
 from .ending import STOPS
 from .measured import Origin, provenance, read_file
-from .subjects import GROUP, EncoderSubject, LanguageSubject, Subject
+from .subjects import GROUP, Subject
 
 # The file
 
@@ -357,13 +357,17 @@ def _try(
 # What it says
 
 
-MAIN = {one.name: one.main for one in (EncoderSubject, LanguageSubject)}
+def main_budget(found: Precision, model: str) -> float | None:
+    "The budget at which most rules were tried; None where none was."
+    budgets = [point.budget for point in found.points if point.model == model and point.rule != "exact"]
+    return max(budgets, key=budgets.count, default=None)
 
 
 def show_precision(found: Precision) -> str:
     "What each rule costs at the main budget of each model, best first, with the interval over texts."
     lines = []
-    for model, budget in MAIN.items():
+    for model in found.layouts:
+        budget = main_budget(found, model)
         chosen = [point for point in found.points if (point.model, point.budget) == (model, budget)]
         base = found.point(model, "uniform", budget)
         what = {"encoder": "relative error", "language": "perplexity, as a multiple of the exact model's"}[model]
