@@ -226,6 +226,7 @@ RULES: dict[str, Callable[[Known], Storage]] = {
     "rotated": lambda known: known.fit(rotated=True),
     "rotated, one scale a token": lambda known: known.fit(token_keys=True, rotated=True),
     "bits by entropy": lambda known: known.fit(by_entropy(known.trait(1))),
+    "bits by entropy, twice the slope": lambda known: known.fit(by_entropy(known.trait(1), 0.5)),
     "first-token heads spared": lambda known: known.fit(spare(known.trait(2), SPARED)),
     "low-entropy heads spared, others by entropy": lambda known: known.fit(
         added(spare(negative(known.trait(1)), SPARED), by_entropy(known.trait(1)))
