@@ -34,7 +34,6 @@ from mha_book import (
     RotatedPosition,
     SinkAttention,
 )
-from mha_book.plugs.quantize import HeadPrecision
 
 # into the sockets
 attends: list[Attend] = [
