@@ -108,8 +108,8 @@ turned: list[MultiHeadAttention] = [
     mha_book.rotate_heads(layer, values=mha_book.hadamard(16)),
 ]
 precision: HeadPrecision = mha_book.sort_heads(layer, HeadPrecision.uniform(2, "int4"))[1]
-text: str = mha_book.precisions_to_json({"": precision})
-with mha_book.use_precision(layer, mha_book.precisions_from_json(text, layer)):
+as_json: str = mha_book.precisions_to_json({"": precision})
+with mha_book.use_precision(layer, mha_book.precisions_from_json(as_json, layer)):
     y = layer(x)
 
 # look at it, measure it
