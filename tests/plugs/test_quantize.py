@@ -177,6 +177,7 @@ def test_padding_has_no_say(content, bits):
     assert torch.equal(found.scale, wanted.scale) and torch.equal(found.zero, wanted.zero)
     kept = where.expand_as(k)
     assert torch.equal(found.codes[kept], wanted.codes[kept])
+    assert found.codes.max().item() < 2**bits  # codes of padding, too: they are packed beside others
     row = quantize(k[:1, :, 5:], bits, 2)  # the same tokens with no padding at all
     assert torch.equal(row.scale, wanted.scale[:1]) and torch.equal(row.codes, wanted.codes[:1, :, 5:])
     rounded = [round_keys(t, f"int{bits}", M, real) for t in (k, k.masked_fill(~where, content))]
