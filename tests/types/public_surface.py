@@ -51,7 +51,7 @@ finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
 rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
 quantized = QuantizedKVCache(2, rounded, 32, 16)
-held: bool = quantized.nbytes == 2 * mha_book.promised_bytes(rounded, 0, 16)
+as_promised: bool = quantized.nbytes == 2 * mha_book.promised_bytes(rounded, 0, 16)
 caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache(), quantized]
 
 # the layer
