@@ -17,6 +17,7 @@ from torch import Tensor
 from ..heads.layer import MultiHeadAttention
 from ..models.encoder import package_file
 from ..models.language_model import DecoderLayer, LanguageModel
+from ..variants.mixed_precision import fill_socket
 
 # %% ../../nbs/22b_one_wrong_line.ipynb #token-nll
 def token_nll(
@@ -67,7 +68,6 @@ def swapped_plugs(
 
 
 def _plug(attention: MultiHeadAttention, attend: Callable, position: Callable | None) -> None:
-    "Fill both sockets. A module does not give way to a function, so the old plugs go first."
-    for name, plug in (("attend", attend), ("position", position)):
-        delattr(attention, name)
-        setattr(attention, name, plug)
+    "Fill both sockets."
+    fill_socket(attention, "attend", attend)
+    fill_socket(attention, "position", position)

@@ -300,7 +300,7 @@ class HeadPrecision:
         "The formats of the same heads in another order."
         if sorted(order) != [*range(len(self.keys))]:
             raise ValueError(f"order {order} is none of {len(self.keys)} heads")
-        keys, values = ([formats[i] for i in order] for formats in (self.keys, self.values))
+        keys, values = (tuple(formats[i] for i in order) for formats in (self.keys, self.values))
         return HeadPrecision(keys, values, self.group, self.exact_first)
 
     def bits(
