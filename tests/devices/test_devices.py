@@ -613,7 +613,6 @@ def rounded_rows(device):
     formats = HeadPrecision(("int4", "int8", "float16"), ("int3", "float8_e5m2", "int4"), group=2, exact_first=1)
     made = [QuantizedKVCache(s.b, formats, 12, s.d, device=device, dtype=torch.float64) for _ in range(2)]
     cache = come_and_go(*made, device)
-    assert all(t.device.type == device.type for row in cache.slots.rows for t in row.strips[0][0].codes)
     nothing = torch.zeros(2, len(cache.seen), s.g, 0, s.d, device=device, dtype=torch.float64)
     assert cache.fork(torch.tensor([0], device=device)).nbytes == promised_bytes(
         formats, int(cache.seen[0]), s.d, dtype=torch.float64

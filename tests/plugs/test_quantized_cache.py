@@ -71,7 +71,7 @@ PARTS = st.tuples(st.tuples(*[FORMATS] * s.g), st.tuples(*[FORMATS] * s.g), st.i
 def test_any_cut_gives_what_each_row_gives_alone(position, attend, data):
     cut = data.draw(texts(pieces(padded=data.draw(st.booleans()))))
     with torch.set_grad_enabled(data.draw(st.booleans())):
-        assert_same(build(POSITIONS[position], ATTENDS[attend]()), cut, exact())
+        assert_same(build(ROPE() if position == "RoPE" else None, ATTENDS[attend]()), cut, exact())
 
 
 @pytest.mark.parametrize("rolling", ROLLING)
@@ -83,7 +83,7 @@ def test_any_cut_with_a_window(rolling, data):
 
 
 @pytest.mark.parametrize("rolling", ROLLING)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_in_a_running_batch_each_row_is_the_row_alone(rolling, seed):
     serve(build(ROPE()), lambda rows: exact(rows, **ROLLING[rolling]), seed, **ROLLING[rolling])
 
