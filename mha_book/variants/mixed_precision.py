@@ -53,6 +53,7 @@ class MixedPrecision(nn.Module):
     slot 0 on: in a ragged cache, which aligns rows at the right, these may be padding. A plug in
     `attend` that counts heads sees those of one run. Gradients pass as if nothing were rounded
     (in float16 computed with: but for what is beyond its range).
+    `torch.compile` takes any length; `torch.export` takes one, where keys stand in integers.
     """
 
     def __init__(
