@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from ..heads.layer import MultiHeadAttention, check_key_mask
 from ..heads.single_head import check_tensor, check_whole, is_number, is_whole
 from ..instruments.device import pick_device
+from ..variants.mixed_precision import each_name_once
 
 # %% ../../nbs/21_pretrained.ipynb #model-dir
 def package_file(
@@ -74,22 +75,12 @@ def read_json(
             raise ValueError("a folder, a pipe or a device, no regular file")
         if info.st_size > _LARGEST_JSON:
             raise ValueError(f"{info.st_size} bytes; at most {_LARGEST_JSON} are read")
-        data = json.loads(path.read_text(encoding="utf8"), object_pairs_hook=_each_name_once)
+        data = json.loads(path.read_text(encoding="utf8"), object_pairs_hook=each_name_once)
         if type(data) is not kind:
             raise ValueError(f"holds a {type(data).__name__} at the top, not a {kind.__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name or path}: {error}") from error
     return data
-
-
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    "An object of JSON; ValueError where a name stands in it twice."
-    found = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"says {name!r} twice")
-        found[name] = value
-    return found
 
 
 _FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HeadRun', 'MixedPrecision', 'fill_socket', 'permute_heads', 'sort_heads', 'hadamard', 'rotate_heads',
-           'RotatedPosition', 'use_precision', 'precisions_to_json', 'precisions_from_json']
+           'RotatedPosition', 'use_precision', 'precisions_to_json', 'precisions_from_json', 'each_name_once']
 
 # %% ../../nbs/18c_mixed_precision.ipynb #imports
 import copy
@@ -399,9 +399,9 @@ def precisions_from_json(
         raise TypeError(f"text must be a str, as precisions_to_json gives it, got "
                         f"{type(text).__name__}")
     try:
-        data = json.loads(text, object_pairs_hook=_each_name_once)
-    except RecursionError as error:
-        raise ValueError("the text is nested too deep") from error
+        data = json.loads(text, object_pairs_hook=each_name_once)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"the text is no policy: {error}") from error
     _check_fields("the text", data, ("version", "layers"))
     if data["version"] != _VERSION or data["version"] is True:
         raise ValueError(f"version {data['version']!r} is not {_VERSION}, the one that is read")
@@ -430,11 +430,11 @@ def _check_fields(what: str, data: object, fields: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be an object with {', '.join(fields)}, got {got!r:.200}")
 
 
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    "An object of JSON; ValueError where it says a name twice."
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the text says {twice!r} twice")
+def each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "An object of JSON; ValueError where a name stands in it twice."
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"says {name!r} twice")
+        found[name] = value
     return found
