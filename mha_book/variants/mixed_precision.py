@@ -400,9 +400,7 @@ def precisions_from_json(
                         f"{type(text).__name__}")
     try:
         data = json.loads(text, object_pairs_hook=each_name_once)
-    except RecursionError as error:
-        raise ValueError("the text is nested too deep") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:    # nested too deep, or none of JSON
         raise ValueError(f"the text is no policy: {error}") from error
     _check_fields("the text", data, ("version", "layers"))
     if data["version"] != _VERSION or data["version"] is True:
