@@ -119,6 +119,11 @@ heads: $(READY) ## take each head out of a language model (a quarter of an hour 
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book heads --json nbs/measured/heads-yours.json
 
+.PHONY: precision
+precision: $(READY) ## store keys and values in few bits, by some twenty rules (half an hour on a CPU; goes on where it was stopped)
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book precision --json nbs/measured/precision-yours.json
+
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)
 	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py

@@ -45,6 +45,8 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
+from .plugs.quantize import HeadPrecision, dequantize, quantize, round_keys, round_values
+from .plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
@@ -54,6 +56,17 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from mha_book.variants.mixed_precision import (
+    MixedPrecision,
+    RotatedPosition,
+    hadamard,
+    permute_heads,
+    precisions_from_json,
+    precisions_to_json,
+    rotate_heads,
+    sort_heads,
+    use_precision,
+)
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -70,13 +83,18 @@ __all__ = [
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
     "RoPELlama3Scaling", "rotate_by_tables",
+    "RotatedPosition", "hadamard",
     # Into `finish`
     "Finish", "OutputGate",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
+    "QuantizedKVCache", "promised_bytes",
+    # Fewer bits
+    "HeadPrecision", "quantize", "dequantize", "round_keys", "round_values",
     # Functions
     "attention", "attention_weights", "attention_logits", "attention_with_lse",
     "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",
@@ -85,6 +103,7 @@ __all__ = [
     "DIALECTS", "Dialect", "convert_weights", "from_state_dict", "from_torch",
     "to_torch", "fitting_dialects", "guess_dialect", "convert_mask",
     "repeat_kv_heads", "mean_kv_heads", "rotate_kv_heads", "align_kv_heads",
+    "permute_heads", "sort_heads", "rotate_heads",
     # Look at it
     "gradient_report", "largest_logits", "head_statistics", "error_report",
     "explain_dispatch",

@@ -1,4 +1,5 @@
-"""The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out; each can refuse.
+"""The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out, `precision` rounds
+them; each can refuse.
 
 A number can be printed for any setting. A setting whose number would mean nothing is refused, with the reason and with
 what would do. A command that is broken off writes what was measured, and says so in one line.
@@ -20,7 +21,6 @@ from ..instruments.device import _alone, pick_device
 from ..instruments.roofline import measure_machine
 from ..lab.one_wrong_line import HAMLET
 from ..lab.stress import TREATMENTS, Run, Training
-from ..models.encoder import package_file
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
 from .contests import announce, hold_suite
@@ -28,6 +28,8 @@ from .ending import STOPS, exit_code, give_up, is_watched, reason, say, to_the_e
 from .files import check_writable
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
+from .precision import Precision, as_precision, read_precision, run_precision, show_precision
+from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
 from .suites import Setting, no_compiler
 from .suites_flex import SUITES  # with the model's and FlexAttention's
 from .trials import Trials, run_trials, show_trials
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mha-book", description="Measure multi-head attention on this machine.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_to in _add_bench, _add_stress, _add_heads:
+    for add_to in _add_bench, _add_stress, _add_heads, _add_precision:
         add_to(commands)
     return parser
 
@@ -114,8 +116,8 @@ def _check_common(args: argparse.Namespace) -> torch.device:
         if named != [args.command] * (args.command in OTHERS):
             raise ValueError(
                 f"--json {args.json}: names of the stress test's files, and no "
-                f"others, begin with stress, as in stress-yours.json, and those "
-                f"of the heads with heads"
+                f"others, begin with stress, as in stress-yours.json, those "
+                f"of the heads with heads, and those of precision with precision"
             )
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda"):
@@ -195,12 +197,38 @@ def _plan_heads(args: argparse.Namespace) -> tuple[torch.device]:
     "Where; ValueError says why not."
     if not 1 <= args.passages <= 100:
         raise ValueError(f"--passages {args.passages} must be 1 to 100")
-    for file in SMOLLM2, HAMLET:
-        try:
-            package_file(*file)
-        except (ModuleNotFoundError, FileNotFoundError) as error:
-            raise ValueError(str(error)) from None
+    check_packages(SMOLLM2, HAMLET)
     return (_check_common(args),)
+
+
+# mha-book precision
+
+
+def _add_precision(commands: argparse._SubParsersAction) -> None:
+    "`mha-book precision`, what it takes and what it does."
+    precision = commands.add_parser("precision", help="store keys and values in few bits, by a dozen rules")
+    add = precision.add_argument
+    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(SUBJECTS)}; both unless told")
+    for name, (_, usual, _, text) in TEXTS.items():
+        add(f"--{name.replace('_', '-')}", type=int, default=usual, metavar="N", help=text)
+    add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
+    add("--seed", type=int, default=0, help="of the rules that draw lots, and of the intervals (0)")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all scores: precision-yours.json, say; one that was broken off is taken up",
+    )
+    precision.set_defaults(refuse=precision.error, plan=_plan_precision, run=_precision)
+
+
+def _plan_precision(args: argparse.Namespace) -> tuple[list[str], dict[str, int], Precision | None, torch.device]:
+    "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
+    models, sizes = checked_models(args.models), checked_sizes(vars(args))
+    check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
+    device = _check_common(args)
+    before = read_precision(args.json) if args.json is not None and args.json.exists() else None
+    return models, sizes, before, device
 
 
 # The plan of a benchmark
@@ -329,16 +357,34 @@ def _heads(args: argparse.Namespace, device: torch.device) -> int:
     return _keep(args, Ablations, found, stop, lambda: show_ablations(Ablations(**found, command="heads")))
 
 
+def _precision(
+    args: argparse.Namespace, models: list[str], sizes: dict[str, int], before: Precision | None, device: torch.device
+) -> int:
+    "Measure heads and try the rules, write every score down at once, and show what they come to: an exit code."
+    subjects = [SUBJECTS[name](sizes, device) for name in models]
+
+    def keep(found: dict) -> None:
+        if args.json is not None:
+            write_file(Precision, args.json, found | dict(command=_command(args)))
+
+    try:
+        found, stop = run_precision(subjects, sizes, args.seed, before, _progress(), keep)
+    except ValueError as error:
+        args.refuse(f"--json {args.json}: {error}")
+    empty = not (found["traits"] or found["effects"] or found["points"])
+    return _keep(args, Precision, None if empty else found, stop, lambda: show_precision(as_precision(found)))
+
+
 # The command
 
 
 def _command(args: argparse.Namespace) -> str:
     "The command that was given, without what only this machine knows: the file's folder."
     given = vars(args)
-    words = ["mha-book", args.command, *(given.get("suites") or given.get("treatments") or ())]
-    for name in ("passages", "device", "dtype", "rounds", "seeds", "seed", "steps"):
+    words = ["mha-book", args.command, *(given.get("suites") or given.get("treatments") or given.get("models") or ())]
+    for name in ("passages", *TEXTS, "device", "dtype", "rounds", "seeds", "seed", "steps"):
         if given.get(name) is not None:
-            words += [f"--{name}", str(given[name])]
+            words += [f"--{name.replace('_', '-')}", str(given[name])]
     for name in ("sizes", "rates"):
         words += [f"--{name}", *map(str, given[name])] if given.get(name) else []
     words += ["--quick"] * given.get("quick", False)

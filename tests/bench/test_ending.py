@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mha_book.bench import ablations, cli, contests, ending, files, trials
+from mha_book.bench import ablations, cli, contests, ending, files, subjects, trials
 from mha_book.bench.ablations import read_ablations
 from mha_book.bench.cli import main
 from mha_book.bench.measured import read_measurement
@@ -72,7 +72,7 @@ def steps(monkeypatch):
     monkeypatch.setattr(trials, "train", train)
     sizes = dict(vocab_size=11, embed_dim=12, num_layers=2, num_heads=6, num_kv_heads=3, head_dim=2)
     config = LanguageModelConfig(**sizes, hidden_dim=7, max_len=9, rope_base=100.0, eps=1e-5)
-    monkeypatch.setattr(cli, "package_file", lambda *file: None)
+    monkeypatch.setattr(subjects, "package_file", lambda *file: None)
     monkeypatch.setattr(cli, "load_smollm2", lambda device: (LanguageModel(config), None))
     monkeypatch.setattr(ablations, "texts", lambda *_: {"words": (0, [torch.zeros(1, 5, dtype=torch.long)] * 3)})
     monkeypatch.setattr(ablations, "_without_each_head", losses)

@@ -15,19 +15,23 @@ from mha_book import (
     Dialect,
     Finish,
     HeadLayout,
+    HeadPrecision,
     HeadTemperature,
     KVCache,
     LearnedPositions,
+    MixedPrecision,
     MultiHeadAttention,
     OutputGate,
     PagedCache,
     Position,
+    QuantizedKVCache,
     RelativeBias,
     RoPE,
     RoPELinearScaling,
     RoPELlama3Scaling,
     RoPENTKScaling,
     RoPEYaRNScaling,
+    RotatedPosition,
     SinkAttention,
 )
 
@@ -41,13 +45,18 @@ attends: list[Attend] = [
     RelativeBias(4),
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
+    MixedPrecision(HeadPrecision.uniform(4, "int4")),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
+positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
-caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
+rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
+quantized = QuantizedKVCache(2, rounded, 32, 16)
+held_bytes: bool = quantized.nbytes == 2 * mha_book.promised_bytes(rounded, 0, 16)
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache(), quantized]
 
 # the layer
 layout = HeadLayout(4, 2, 16)
@@ -95,7 +104,13 @@ turned: list[MultiHeadAttention] = [
     mha_book.mean_kv_heads(layer, 1),
     mha_book.rotate_kv_heads(layer),
     mha_book.align_kv_heads(layer, 1),
+    mha_book.permute_heads(layer, [1, 0]),
+    mha_book.rotate_heads(layer, values=mha_book.hadamard(16)),
 ]
+precision: HeadPrecision = mha_book.sort_heads(layer, HeadPrecision.uniform(2, "int4"))[1]
+as_json: str = mha_book.precisions_to_json({"": precision})
+with mha_book.use_precision(layer, mha_book.precisions_from_json(as_json, layer)):
+    y = layer(x)
 
 # look at it, measure it
 report = mha_book.gradient_report(layer, lambda: layer(x).sum())
@@ -106,6 +121,14 @@ device: torch.device = mha_book.pick_device("cpu")
 timings = mha_book.benchmark({"layer": lambda: layer(x)})
 held: int = mha_book.peak_bytes(lambda: layer(x))
 size: int = mha_book.cache_bytes(12, 4, 16, 1024)
+
+# fewer bits
+policy: HeadPrecision = HeadPrecision.uniform(2, "int4", torch.bfloat16, group=32)
+mixed = HeadPrecision(["int4", torch.float16], ("int2", "int8"), exact_first=1).permuted([1, 0])
+stored: float = mixed.bits(16)
+codes = mha_book.quantize(k, 4, -1)
+again: Tensor = mha_book.dequantize(codes, k.dtype)
+coarse: list[Tensor] = [mha_book.round_keys(k, "int4", 2), mha_book.round_values(v, torch.float16)]
 
 # which heads need bits
 measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4", torch.bfloat16], group=4)
