@@ -264,6 +264,18 @@ def test_every_plug_is_put_back(plug, fails):
         assert all(("attend" in vars(layer)) == (plug is None) for layer in (model.first, model.rest["second"]))
 
 
+def test_nothing_is_recorded_for_gradients():
+    layer, recorded = build(), []
+
+    def outputs(module, x):
+        recorded.append((y := module(x)).requires_grad)
+        return y
+
+    head_sensitivity(layer, [batch()], ["int4"], group=GROUP, outputs=outputs)
+    joint_effect(layer, [batch()], {"": HeadPrecision.uniform(s.g, "int4", group=GROUP)}, outputs=outputs)
+    assert len(recorded) == 2 + 2 * s.g + 3 and not any(recorded)
+
+
 def test_progress_is_told():
     told = []
     head_sensitivity(
