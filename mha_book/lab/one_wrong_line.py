@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..heads.layer import MultiHeadAttention
 from ..models.encoder import package_file
 from ..models.language_model import DecoderLayer, LanguageModel
-from ..variants.mixed_precision import fill_socket
+from ..variants.mixed_precision import plugged
 
 # %% ../../nbs/22b_one_wrong_line.ipynb #token-nll
 def token_nll(
@@ -56,18 +55,6 @@ def swapped_plugs(
     position: Callable | None = None,    # and of their positions; None changes nothing
 ) -> Iterator[None]:
     "Layers with other plugs; afterwards they have their own again."
-    own = [(layer.attention, layer.attention.attend, layer.attention.position)
-           for layer in layers]
-    try:
-        for attention, its_attend, its_position in own:
-            _plug(attention, attend or its_attend, position or its_position)
+    new = {socket: plug for socket, plug in dict(attend=attend, position=position).items() if plug}
+    with plugged({layer.attention: new for layer in layers}):
         yield
-    finally:
-        for its in own:
-            _plug(*its)
-
-
-def _plug(attention: MultiHeadAttention, attend: Callable, position: Callable | None) -> None:
-    "Fill both sockets."
-    fill_socket(attention, "attend", attend)
-    fill_socket(attention, "position", position)

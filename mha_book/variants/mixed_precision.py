@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HeadRun', 'MixedPrecision', 'fill_socket', 'permute_heads', 'sort_heads', 'hadamard', 'rotate_heads',
-           'RotatedPosition', 'use_precision', 'precisions_to_json', 'precisions_from_json', 'each_name_once']
+           'RotatedPosition', 'use_precision', 'plugged', 'precisions_to_json', 'precisions_from_json',
+           'each_name_once']
 
 # %% ../../nbs/18c_mixed_precision.ipynb #imports
 import copy
@@ -342,15 +343,32 @@ def use_precision(
     other heads; then nothing has changed.
     """
     _check_precisions(precisions, model)
-    own = [(layer, layer.attend) for layer in map(model.get_submodule, precisions)]
+    plugs = {}
+    for layer, precision in zip(map(model.get_submodule, precisions), precisions.values()):
+        inner = layer.attend.attend if isinstance(layer.attend, MixedPrecision) else layer.attend
+        plugs[layer] = dict(attend=MixedPrecision(precision, inner))
+    with plugged(plugs):
+        yield
+
+
+@contextmanager
+def plugged(
+    plugs: dict[nn.Module, dict[str, Callable]],    # of each layer: a socket's name -> its plug
+) -> Iterator[None]:
+    """In this block the layers have these plugs, in front of their own, which stay where they
+    are: modules, parameters and state dict are what they were.
+    """
+    own = {layer: {name: vars(layer)[name] for name in new if name in vars(layer)}
+           for layer, new in plugs.items()}    # what is not there is a module
     try:
-        for (layer, plug), precision in zip(own, precisions.values()):
-            inner = plug.attend if isinstance(plug, MixedPrecision) else plug
-            fill_socket(layer, "attend", MixedPrecision(precision, inner))
+        for layer, new in plugs.items():
+            vars(layer).update(new)
         yield
     finally:
-        for layer, plug in own:
-            fill_socket(layer, "attend", plug)
+        for layer, new in plugs.items():
+            for name in new:
+                vars(layer).pop(name, None)
+            vars(layer).update(own[layer])
 
 
 def _check_precisions(precisions: dict[str, HeadPrecision], model: nn.Module) -> None:

@@ -8,7 +8,6 @@ __all__ = ['Sensitivity', 'head_sensitivity', 'joint_effect', 'allocate_precisio
 # %% ../../nbs/18d_sensitivity.ipynb #imports
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise, product
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..heads.layer import Attend, MultiHeadAttention
 from ..heads.single_head import check_number, float32_at_least, is_number
 from ..plugs.quantize import HeadPrecision, check_format, key_bits, round_keys, round_values, runs, value_bits
-from .mixed_precision import _check_precision, _seen_keys
+from .mixed_precision import _check_precision, _seen_keys, plugged
 
 # %% ../../nbs/18d_sensitivity.ipynb #rounded-heads
 class _Rounded:
@@ -39,23 +38,6 @@ class _Rounded:
                 round_values(tokens, form) if part else
                 round_keys(tokens, form, self.group, None if real is None else real[:, self.first:]))
         return self.attend(q, *both, **options)
-
-
-@contextmanager
-def _plugged(plugs: dict[MultiHeadAttention, Attend]) -> Iterator[None]:
-    """Layers with other plugs for `attend`, in front of their own, which stay where they are:
-    the layer's modules and parameters keep their order.
-    """
-    own = {layer: vars(layer).get("attend") for layer in plugs}    # None = it is a submodule
-    for layer, plug in plugs.items():
-        vars(layer)["attend"] = plug
-    try:
-        yield
-    finally:
-        for layer, attend in own.items():
-            del vars(layer)["attend"]
-            if attend is not None:
-                layer.attend = attend
 
 
 def _policy_changes(precision: HeadPrecision) -> list[tuple[int, slice, str]]:
@@ -203,7 +185,7 @@ def head_sensitivity(
         layer, form = attentions[name], forms[i]
         if name in asked and not form.holds(asked[name].dtypes[part]):
             one = [(part, slice(head, head + 1), form.name)]
-            with _plugged({layer: _Rounded(layer.attend, one, group, exact_first)}):
+            with plugged({layer: dict(attend=_Rounded(layer.attend, one, group, exact_first))}):
                 effects[name][part, head, i] = meter.moved()
         if progress is not None:
             progress(done, len(jobs))
@@ -227,9 +209,9 @@ def joint_effect(
     for name, layer in attentions.items():
         _check_precision(f"the precision of {name!r}", precisions[name], layer.layout.num_kv_heads)
     meter.start()
-    plugs = {layer: _Rounded(layer.attend, _policy_changes(p := precisions[name]), p.group, p.exact_first)
+    plugs = {layer: dict(attend=_Rounded(layer.attend, _policy_changes(p := precisions[name]), p.group, p.exact_first))
              for name, layer in attentions.items()}
-    with _plugged(plugs):
+    with plugged(plugs):
         return meter.moved()
 
 # %% ../../nbs/18d_sensitivity.ipynb #sensitivity-checks
@@ -249,7 +231,7 @@ def _asked(attentions: dict[str, MultiHeadAttention], meter: _Meter, forms: list
     "The exact pass, and of each layer that takes part, what its plug was given."
     HeadPrecision.uniform(1, "int8", group=group, exact_first=exact_first)    # checks both
     asked = {name: _Asked(layer.attend) for name, layer in attentions.items()}
-    with _plugged({layer: asked[name] for name, layer in attentions.items()}):
+    with plugged({layer: dict(attend=asked[name]) for name, layer in attentions.items()}):
         meter.start()
     asked = {name: note for name, note in asked.items() if note.dtypes is not None}
     for name, note in asked.items():
