@@ -100,7 +100,7 @@ def _check_group(x: Tensor, dim: int, real: Tensor | None) -> None:
 
 
 def quantize(
-    x: Float[Tensor, "..."],
+    x: Float[Tensor, "..."],                    # numbers in groups along `dim`
     bits: int,                                # 1 to 8
     dim: int,                                 # numbers along this axis share a scale
     real: Bool[Tensor, "..."] | None = None,  # broadcasts to x; what is not real has no say
@@ -129,7 +129,7 @@ def quantize(
 
 
 def dequantize(
-    codes: Codes,
+    codes: Codes,               # from `quantize`
     dtype: torch.dtype,         # of the result
 ) -> Float[Tensor, "..."]:
     "The numbers again: code · scale + zero."
@@ -214,7 +214,7 @@ def _check_heads(name: str, x: Tensor, group: int = 1, real: Tensor | None = Non
 
 
 def round_values(
-    v: Float[Tensor, "b g m dv"],
+    v: Float[Tensor, "b g m dv"],           # values
     form: str | torch.dtype,                # one of KV_FORMATS
 ) -> Float[Tensor, "b g m dv"]:             # in the dtype of v
     """What comes back of values that are stored so. Integers: one scale and zero point for
@@ -233,7 +233,7 @@ def round_values(
 
 
 def round_keys(
-    k: Float[Tensor, "b g m d"],
+    k: Float[Tensor, "b g m d"],                # keys
     form: str | torch.dtype,                    # one of KV_FORMATS
     group: int = 64,                            # tokens of a block
     real: Bool[Tensor, "b m"] | None = None,    # False = padding; has no say in the scales

@@ -195,12 +195,12 @@ def head_sensitivity(
 
 @torch.no_grad()
 def joint_effect(
-    module: nn.Module,
-    batches: Iterable[tuple],
+    module: nn.Module,         # what holds the layers
+    batches: Iterable[tuple],  # each the positional arguments of one call
     precisions: dict[str, HeadPrecision],    # by the names of `module.named_modules()`
     *,
     outputs: Callable | None = None,  # as of head_sensitivity
-    loss: Callable | None = None,
+    loss: Callable | None = None,     # likewise
 ) -> float:
     """What it costs the output to round all these heads at once, measured as by
     `head_sensitivity`. Raises as it does, and ValueError where a layer has other heads.
@@ -307,7 +307,7 @@ def _room(sensitivity: Sensitivity, choices: dict, budget: float) -> Fraction:
 
 # %% ../../nbs/18d_sensitivity.ipynb #allocate
 def allocate_precision(
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity,    # from `head_sensitivity`
     budget: float,    # bits a number on average, scales and zero points counted
 ) -> dict[str, HeadPrecision]:    # of each layer
     """The formats with the least sum of single effects that the budget allows, of keys and of
@@ -340,7 +340,7 @@ def allocate_precision(
 
 
 def allocation_bound(
-    sensitivity: Sensitivity,
+    sensitivity: Sensitivity,    # from `head_sensitivity`
     budget: float,    # bits a number on average, scales and zero points counted
 ) -> float:
     """A sum of single effects that no allocation within the budget goes below: the optimum if
