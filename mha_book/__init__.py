@@ -54,6 +54,17 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from mha_book.variants.mixed_precision import (
+    MixedPrecision,
+    RotatedPosition,
+    hadamard,
+    permute_heads,
+    precisions_from_json,
+    precisions_to_json,
+    rotate_heads,
+    sort_heads,
+    use_precision,
+)
 
 __all__ = [
     # The layer
@@ -63,9 +74,11 @@ __all__ = [
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
     "RoPELlama3Scaling", "rotate_by_tables",
+    "RotatedPosition", "hadamard",
     # Into `finish`
     "Finish", "OutputGate",
     # Into `cache`
@@ -78,6 +91,7 @@ __all__ = [
     "DIALECTS", "Dialect", "convert_weights", "from_state_dict", "from_torch",
     "to_torch", "fitting_dialects", "guess_dialect", "convert_mask",
     "repeat_kv_heads", "mean_kv_heads", "rotate_kv_heads", "align_kv_heads",
+    "permute_heads", "sort_heads", "rotate_heads",
     # Look at it
     "gradient_report", "largest_logits", "head_statistics", "error_report",
     "explain_dispatch",

@@ -40,7 +40,7 @@ LONGER = {
     "plugs.cache.KVCache": 139,
     "plugs.cache": 550,
     "plugs.paged.PagedCache": 97,
-    "plugs.paged": 358,
+    "plugs.paged": 399,
 }
 HEAVY = ("matplotlib", "triton")
 MODULES_BEYOND_TORCH = 60  # how many modules of others `import mha_book` may load on top of torch's own two thousand

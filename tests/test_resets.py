@@ -23,7 +23,9 @@ from mha_book.lab.nine_ways import Way
 from mha_book.lab.stress import Block
 from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
+from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
+from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
 
 E, H, G, D, DV, C = 240, 6, 3, 48, 24, 160  # wide enough that a spread is known to a few percent
 ENCODER = EncoderConfig(300, E, H, 2, 320, 50, 2, 1e-5)
@@ -50,6 +52,8 @@ MODULES = {
     "with context and both": lambda: layer(num_kv_heads=G, head_dim=D, value_dim=DV, context_dim=C),
     "with norms": lambda: layer(qk_norm=nn.RMSNorm),
     "with a gate": lambda: layer(finish=OutputGate(E, H)),
+    "MixedPrecision": lambda: layer(attend=MixedPrecision(HeadPrecision.uniform(H, "int4"), HeadTemperature(H))),
+    "RotatedPosition": lambda: layer(position=RotatedPosition(None, torch.eye(E // H, device="cpu"))),
     "with temperatures": lambda: layer(attend=HeadTemperature(H)),
     "StackedProjections": lambda: StackedProjections(E, HeadLayout(H, G, D, DV), 100, True, None),
     "SeparateProjections": lambda: separate_projections(layer(head_dim=D)),

@@ -7,8 +7,8 @@ __all__ = ['AttendOptions', 'Attend', 'Position', 'Finish', 'Cache', 'commit_onc
            'check_unhooked', 'nearest_head_counts', 'width_of_a_head', 'check_key_mask']
 
 # %% ../../nbs/03b_layer.ipynb #imports
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ContextDecorator, nullcontext
 from typing import Protocol, TypedDict, runtime_checkable
 from weakref import ref
 
@@ -104,37 +104,46 @@ class Cache(Protocol):
     def crop(self, length: int) -> None: ...
 
 # %% ../../nbs/03b_layer.ipynb #commit-once
-@contextmanager
-def commit_once(
-    *caches: Cache,    # that calls in this block append to
-) -> Iterator[None]:
+class commit_once(ContextDecorator):
     """The outermost caller commits: what is appended in the block is kept when the block ends,
     and forgotten where it fails. A block inside another leaves the caches of that one alone:
     so a layer keeps its own cache, and a model those of all its layers, or of none.
 
     Raises TypeError for what is no cache, ValueError for the same one twice.
     """
-    _check_caches(caches)
-    own = [cache for cache in caches if not getattr(cache, "in_hand", False)]
-    for cache in own:
-        cache.in_hand = True
-    try:
-        yield
-    finally:    # a layer that has appended stands there now, in place of True
+
+    def __init__(
+        self, *caches: Cache,    # that calls in this block append to
+    ):
+        self.caches, self.open = caches, []    # what each open block of this one commits
+
+    def __enter__(self) -> None:
+        _check_caches(self.caches)
+        own = [cache for cache in self.caches if not getattr(cache, "in_hand", False)]
+        for cache in own:
+            cache.in_hand = True
+        self.open.append(own)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        own = self.open.pop()
+        # a layer that has appended stands there now, in place of True
         writers = [cache.in_hand for cache in own]
         for cache in own:
             cache.in_hand = False
-    _commit_all(own)
-    for cache, by in zip(own, writers):
-        if isinstance(by, _Writers):
-            cache.written_by = by
+        if kind is None:
+            _commit_all(own)
+            for cache, by in zip(own, writers):
+                if isinstance(by, _Writers):
+                    cache.written_by = by
 
 
 def _commit_all(caches: list[Cache]) -> None:
     "Commit all of them or none: the memory of several may be one, and full."
+    if len(caches) == 1:
+        return caches[0].commit()
     # one that rolls cannot go back, so it comes last
     caches = sorted(caches, key=lambda cache: getattr(cache, "window", None) is not None)
-    before = [cache.seen for cache in caches] if len(caches) > 1 else []
+    before = [cache.seen for cache in caches]
     for done, cache in enumerate(caches):
         try:
             cache.commit()
@@ -236,16 +245,16 @@ class MultiHeadAttention(StackedProjections):
 
         Raises TypeError or ValueError for tokens that do not fit the projections.
         """
-        _check_tokens(self, x, context, value, offset)
+        in_proj = _checked_in_proj(self, x, context, value, offset)
         if context is None and value is None:
-            q, k, v = cut_heads(self, "in_proj", self.in_proj(x))
+            q, k, v = cut_heads(self, "in_proj", in_proj(x))
         else:
             q, k, v = project_heads(self, x, context, value)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position is not None:
             q, k = self.position(q, k, offset=offset)
-        if q.dtype != v.dtype or k.dtype != v.dtype:
+        if not q.dtype == k.dtype == v.dtype:
             # float32 tables, or a norm under autocast
             q, k = q.to(v.dtype), k.to(v.dtype)
         return q, k, v
@@ -288,9 +297,8 @@ class MultiHeadAttention(StackedProjections):
         return q, k, v, join_masks(mask, visible)
 
 # %% ../../nbs/03b_layer.ipynb #layer-offset
-def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, value: Tensor | None,
-           key_mask: Tensor | None, cache: Cache
-           ) -> tuple[Tensor | None, Tensor | None, int | Tensor]:
+def _begin(layer: nn.Module, x: Tensor, context: Tensor | None, value: Tensor | None, key_mask: Tensor | None,
+           cache: Cache) -> tuple[Tensor | None, Tensor | None, int | Tensor]:
     """What keys and values are to be made of in a call with a cache, and the place of its
     first token, after the real tokens before this call.
 
@@ -325,10 +333,9 @@ def _checked_seen(layer: nn.Module, x: Tensor, cache: Cache) -> int | Tensor:
     if isinstance(cache, type) or not hasattr(cache, "commit"):
         _check_caches((cache,))
     seen = cache.seen
-    if isinstance(seen, Tensor) and isinstance(x, Tensor) and x.dim() == 3:
-        if seen.size(0) != x.size(0):
-            raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other "
-                             f"rows is made anew, or by its reorder")
+    if isinstance(seen, Tensor) and x.dim() == 3 and seen.shape[0] != x.shape[0]:
+        raise ValueError(f"batch differs: cache {len(seen)}, x {len(x)}; a cache of other "
+                         f"rows is made anew, or by its reorder")
     if getattr(cache, "window", None) is not None:
         _check_windows(layer.attend, cache.window, getattr(cache, "keep_first", 0))
     if not torch.compiler.is_compiling():    # what is traced once says nothing of later steps
@@ -378,13 +385,11 @@ def _check_caches(caches: tuple[Cache, ...]) -> None:
             got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
             raise TypeError(f"cache must have append, commit, crop and seen, got {got}; a layer "
                             f"takes one cache, and a model a list with one for each layer")
-    if torch.compiler.is_compiling():    # a graph that knows them one by one serves no others
-        return
-    if len(caches) > 1 and len({id(cache) for cache in caches}) < len(caches):
+    # while compiling they are not compared: a graph that knows them one by one serves no others
+    if len(caches) > 1 and not torch.compiler.is_compiling() and len(set(map(id, caches))) < len(caches):
         twice = [i for i, cache in enumerate(caches) if sum(c is cache for c in caches) > 1]
-        raise ValueError(f"caches {twice} are one and the same; each layer needs a cache of its "
-                         f"own, for its keys are its own: [new() for _ in layers], not "
-                         f"[new()] * n")
+        raise ValueError(f"caches {twice} are one and the same; each layer needs a cache of its own, for "
+                         f"its keys are its own: [new() for _ in layers], not [new()] * n")
 
 
 def _check_windows(attend: Attend, window: int, keep_first: int) -> None:
@@ -468,8 +473,7 @@ def width_of_a_head(embed_dim: int, num_heads: int) -> int:
 
 
 # %% ../../nbs/03b_layer.ipynb #layer-checks
-def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs,
-                   dtype) -> None:
+def _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs, dtype) -> None:
     "The constructor's arguments, before anything is built."
     sizes = dict(embed_dim=embed_dim, num_heads=num_heads, out_dim=out_dim, context_dim=context_dim)
     for name in [n for n in sizes if sizes[n] is not None or n in ("embed_dim", "num_heads")]:
@@ -496,9 +500,8 @@ def _make_norms(qk_norm: Callable[[int], nn.Module] | None, head_dim: int, like:
     return tuple(norm and norm.to(like) for norm in norms)
 
 
-def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
-                key_mask: Tensor | None, bias: Tensor | None, is_causal: bool,
-                cache: Cache | None, key_padding_mask: None) -> None:
+def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None, key_mask: Tensor | None,
+                bias: Tensor | None, is_causal: bool, cache: Cache | None, key_padding_mask: None) -> None:
     "What `forward` is given beside tokens, before anything is computed."
     check_flag("is_causal", is_causal)
     if mask is not None:
@@ -520,10 +523,13 @@ def _check_call(x: Tensor, context: Tensor | None, mask: Tensor | None,
                          "ContextCache, or are made in every call, without a cache")
 
 
-def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
-                  value: Tensor | None, offset: int | Tensor) -> None:
-    "All tokens of a call, that keys have something to be made of, and where they stand."
-    check_projectable("x", x, "in_proj", layer.in_proj)
+def _checked_in_proj(layer: StackedProjections, x: Tensor, context: Tensor | None,
+                     value: Tensor | None, offset: int | Tensor) -> nn.Module:
+    """The layer's `in_proj`, once it is certain that all tokens of a call fit, that keys have
+    something to be made of, and where they stand.
+    """
+    in_proj = layer.in_proj    # once: torch looks a part of a module up by its name
+    check_projectable("x", x, "in_proj", in_proj)
     if context is None and layer.context_proj is not None:
         raise ValueError(f"keys need a context of width "
                          f"{getattr(layer.context_proj, 'in_features', 'its own')}: pass context=")
@@ -540,6 +546,7 @@ def _check_tokens(layer: StackedProjections, x: Tensor, context: Tensor | None,
         if any(is_certain(value.size(axis) != needed[axis]) for axis in (0, 1)):
             raise ValueError(f"value has shape {tuple(value.shape)}; needed: one for each "
                              f"key, (batch, length) = {tuple(needed)}")
+    return in_proj
 
 
 def check_key_mask(key_mask: Tensor, tokens: Tensor) -> None:

@@ -105,7 +105,7 @@ def plain_attention_weights(
     logits = add_bias(scaled_logits(q, k, scale), bias)
     if is_causal:
         mask = join_masks(mask, causal_mask(q.shape[2], k.shape[2], q.device))
-    return masked_softmax(logits, mask).to(q.dtype)
+    return masked_softmax(logits, mask).type_as(q)
 
 
 def plain_attention(
@@ -147,9 +147,9 @@ def check_inputs(
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, t in zip("qkv", (q, k, v)):
             check_tensor(name, t)
-    shape, dtype, device = q.shape, q.dtype, q.device
-    if len(shape) != 4 or not shape == k.shape == v.shape or 0 in shape:
-        _check_shapes(shape, k.shape, v.shape)
+    shape, of_k, of_v, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    if not shape == of_k == of_v or len(shape) != 4 or shape[1] == 0:
+        _check_shapes(shape, of_k, of_v)
     if not dtype == k.dtype == v.dtype or dtype not in _DTYPES \
             or not q.layout is k.layout is v.layout is torch.strided:
         _check_kinds(q, k, v)
@@ -157,7 +157,7 @@ def check_inputs(
         raise ValueError(f"device differs: query {device}, key {k.device}, value {v.device}; "
                          f"{together(device, k.device, v.device)}")
     if mask is not None or bias is not None:
-        check_additions(mask, bias, (*shape[:3], k.shape[2]), device)
+        check_additions(mask, bias, (*shape[:3], of_k[2]), device)
     if dropout_p.__class__ is not float or dropout_p != 0.0:
         check_dropout(dropout_p, dtype)
     if is_causal is not True and is_causal is not False:
@@ -244,7 +244,7 @@ def check_offset(
     if isinstance(offset, Tensor):
         if offset.dtype is not torch.int64:
             check_whole("offset", offset)
-        if offset.dim() == 1 and offset.size(0) == tokens.size(0) and offset.device == tokens.device:
+        if offset.dim() == 1 and offset.shape[0] == tokens.shape[0] and offset.device == tokens.device:
             return
         raise ValueError(f"offset of shape {tuple(offset.shape)} on {offset.device}; needed: "
                          f"({len(tokens)},), one place a row, on {tokens.device}")
@@ -448,7 +448,7 @@ def _one_mask(n: int, m: int, mask: Tensor | None, bias: Tensor | None,
     """End-aligned causality, `mask` and `bias` as the one mask of rank 4
     that torch's kernel takes (a mask of rank 3 costs it its fast path).
     """
-    if is_causal and not is_certain(n == 1):    # a single query, at the end, sees every key
+    if is_causal:
         mask = join_masks(mask, causal_mask(n, m, like.device))
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, like.dtype))
@@ -459,17 +459,18 @@ def _one_mask(n: int, m: int, mask: Tensor | None, bias: Tensor | None,
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
            is_causal: bool, scale: float | None, dropout_p: float) -> Tensor:
     "Torch's kernel, given what it takes as this book means it."
-    one, flag = None, is_causal
+    (_, h, n, _), (_, g, m, _) = q.shape, k.shape
+    one, flag = None, is_causal and not is_certain(n == 1)    # one query, at the end, sees all
     if bias is not None and is_wide(bias, q):
         return _beside_wide_bias(q, k, v, mask, bias, is_causal, scale, dropout_p)
     # torch's causal kernel aligns at the start, and gives NaN unless the scale is above 0
-    if mask is not None or bias is not None or is_causal and not (
-            is_certain(q.size(2) == k.size(2)) and (scale is None or scale >= 2.0 ** -126)):
-        one, flag = _one_mask(q.size(2), k.size(2), mask, bias, is_causal, like=q), False
+    if mask is not None or bias is not None or flag and not (
+            is_certain(n == m) and (scale is None or scale >= 2.0 ** -126)):
+        one, flag = _one_mask(n, m, mask, bias, flag, like=q), False
     try:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=one, dropout_p=dropout_p, is_causal=flag, scale=scale,
-            enable_gqa=True if q.size(1) != k.size(1) else False)    # a bool for every tracer
+            enable_gqa=True if h != g else False)    # a bool for every tracer
     except RuntimeError as error:    # no forward-mode derivative; one by a mask not everywhere
         if not isinstance(error, NotImplementedError) and "argument 'attn_mask'" not in str(error):
             raise

@@ -186,12 +186,12 @@ def _weights(call: AttentionCall) -> Tensor:
     "The weights of a checked call, b h n m, in the dtype of its queries."
     logits, sinks = call_logits(call), call.sinks
     if sinks is None:
-        return masked_softmax(logits, None).to(call.q.dtype)
+        return masked_softmax(logits, None).type_as(call.q)
     # a sink is one more key, which everybody may see; it has no value, so its weight goes
     wide = torch.promote_types(logits.dtype, sinks.dtype)
     sinks = sinks.to(wide).clamp(max=torch.finfo(wide).max)
     both = torch.cat([logits, sinks[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
-    return masked_softmax(both, None)[..., :-1].to(call.q.dtype)
+    return masked_softmax(both, None)[..., :-1].type_as(call.q)
 
 # %% ../../nbs/07a_backends.ipynb #backend
 @dataclass(frozen=True)

@@ -81,13 +81,14 @@ class KVCache:
         Raises ValueError for shapes and devices that do not fit, for padding between real
         tokens, and where the cache is full; TypeError for dtypes. Then nothing changes.
         """
-        check_new(self.k, self.v, k, v, key_mask)
+        slots = self.slots
+        check_new(slots.k, slots.v, k, v, key_mask)
         call = Call.of(k.shape[2], key_mask)
         longest = self._longest(call)
-        if call.ragged or call.n > self.slots.room or torch.is_grad_enabled():
-            laid_out = shown = [call.arrange(old, new) for old, new in zip(self.slots.filled(), (k, v))]
+        if call.ragged or call.n > slots.room or torch.is_grad_enabled():
+            laid_out = shown = [call.arrange(old, new) for old, new in zip(slots.filled(), (k, v))]
         else:
-            laid_out, shown = None, self.slots.write(k, v)
+            laid_out, shown = None, slots.write(call.n, k, v)
         self._pending = call, longest, laid_out
         return *shown, self._visible(call, shown[0].shape[2])
 
@@ -366,13 +367,13 @@ class Slots:
 
     def filled(self, more: int = 0) -> list[Tensor]:
         "A view of the filled slots of keys and of values, and of so many behind them."
-        return [t.narrow(2, self.start, self.length + more) for t in (self.k, self.v)]
+        start, length = self.start, self.end + more - self.start
+        return [self.k.narrow(2, start, length), self.v.narrow(2, start, length)]
 
-    def write(self, *new: Tensor) -> list[Tensor]:
-        "New keys and values into the slots behind the others, and a view of all."
-        n = new[0].shape[2]
-        for buffer, t in zip((self.k, self.v), new):
-            buffer.narrow(2, self.end, n).copy_(t)
+    def write(self, n: int, k: Tensor, v: Tensor) -> list[Tensor]:
+        "So many new keys and values into the slots behind the others, and a view of all."
+        self.k.narrow(2, self.end, n).copy_(k)
+        self.v.narrow(2, self.end, n).copy_(v)
         return self.filled(n)
 
     def advance(
@@ -387,7 +388,7 @@ class Slots:
         if start > self.start and keep_first:
             self.carry(start, keep_first, lost)
         self.start, self.end = start, self.end + n
-        if not self.room and start:    # at the end of the memory: back to its front
+        if start and not self.room:    # at the end of the memory: back to its front
             for buffer in self.k, self.v:
                 buffer[:, :, :self.length] = buffer[:, :, start:self.end].clone()
             self.start, self.end = 0, self.length
@@ -452,8 +453,7 @@ class Slots:
         self.k, self.v = (with_room(t, self.k.shape[2]) for t in kept)
 
 # %% ../../nbs/10a_cache.ipynb #check-sizes
-def _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window,
-                 keep_first) -> None:
+def _check_sizes(batch_size, num_kv_heads, max_len, head_dim, value_dim, window, keep_first) -> None:
     "The constructor's numbers."
     sizes = dict(batch_size=batch_size, num_kv_heads=num_kv_heads, max_len=max_len,
                  head_dim=head_dim, value_dim=value_dim)
@@ -482,7 +482,7 @@ def check_new(
     in a backward pass.
     """
     check_forward()
-    if not (_is_alike(k, keys) and _is_alike(v, values) and k.shape[2] == v.shape[2]):
+    if not _are_alike(k, v, keys, values):
         _check_kinds(k, v, keys, values)
     if key_mask is None:
         return
@@ -496,14 +496,14 @@ def check_new(
                          f"needed: (batch, tokens) = {needed} on {k.device}")
 
 
-def _is_alike(new: Tensor, buffer: Tensor) -> bool:
-    "Whether tokens are as those that the memory is for."
-    if not isinstance(new, Tensor) or len(came := new.shape) != 4:
+def _are_alike(k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool:
+    "Whether tokens are as those that the memory is for, and there is one value for every key."
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)) or len(of_k := k.shape) != 4:
         return False
-    held = buffer.shape
-    return (came[0] == held[0] and came[1] == held[1] and came[3] == held[3]
-            and new.dtype == buffer.dtype and new.device == buffer.device
-            and new.layout is torch.strided)
+    (b, g, _, d), dv, n = keys.shape, values.shape[3], of_k[2]
+    return (of_k == (b, g, n, d) and v.shape == (b, g, n, dv)
+            and k.dtype == v.dtype == keys.dtype and k.device == v.device == keys.device
+            and k.layout is v.layout is torch.strided)
 
 
 def _check_kinds(k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -152,7 +152,7 @@ class RoPE:
 
     def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
         angles = angles if type(x) is Tensor else _beside(angles, x)
-        return rotate_pairs(x.to(angles.dtype), angles, self.pairing, self.magnitude)
+        return rotate_pairs(x.type_as(angles), angles, self.pairing, self.magnitude)
 
 # %% ../../nbs/14b_rope.ipynb #signed-turns
 def _signed_turns(frequencies: Callable[[int, float], Tensor], width: int, base: float | int,

@@ -31,6 +31,7 @@ from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+from mha_book.plugs.quantize import HeadPrecision
 from support.mutants import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -483,7 +484,43 @@ some_layers = {name: LAYERS[name] for name in ("plain", "no biases, out_dim", "c
 enter("mean_kv_heads, repeat_kv_heads", regrouped, some_layers)
 enter("align_kv_heads, rotate_kv_heads", aligned, some_layers)
 enter("folded_attend", partial(mixed, attend=mha_book.folded_attend), SHARED | DROPOUT)
+
+
+def by_heads(device, options):
+    "Heads in three formats, in another order and basis; and the layer under the policy for a while."
+    turn = mha_book.hadamard(s.d, device=device, dtype=torch.float64)
+    layer = mha_book.rotate_heads(layer_of(device, **options(device)[0]), turn, turn)
+    precision = HeadPrecision(("int4", "bfloat16", "int4"), ("int4", "bfloat16", "float8_e5m2"), group=2, exact_first=0)
+    new, precision = mha_book.sort_heads(mha_book.permute_heads(layer, [2, 0, 1]), precision)
+    precisions = mha_book.precisions_from_json(mha_book.precisions_to_json({"": precision}), new)
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    with mha_book.use_precision(new, precisions):
+        y = new(x, context, key_mask=bits(s.b, s.n if context is None else s.m, device=device))
+    return layer, new, y, torch.autograd.grad(y.sum(), [*new.parameters()][0])
+
+
+rope_beneath = mha_book.RoPE(s.d)  # whose frequencies are Python's numbers
+
+
+def turned_places(device):
+    position = mha_book.RotatedPosition(rope_beneath, mha_book.hadamard(s.d, device=device))
+    layer = layer_of(device, position=position)
+    return layer, layer(tokens(device), is_causal=True)
+
+
+in_three_runs = HeadPrecision(("int3", "float16", "int3"), ("int4", "float16", "int4"), group=2)
+enter(
+    "MixedPrecision",
+    partial(mixed, attend=mha_book.MixedPrecision(in_three_runs)),
+    {name: options for name, options in (SHARED | DROPOUT).items() if "scale" not in name},
+)
+enter(
+    "use_precision, precisions_from_json, precisions_to_json, permute_heads, sort_heads, rotate_heads, hadamard",
+    by_heads,
+    some_layers,
+)
 CASES |= {
+    "RotatedPosition": turned_places,
     "OutputGate": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),

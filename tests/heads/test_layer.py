@@ -761,6 +761,21 @@ def test_the_outermost_block_commits_every_cache_once():
     assert [cache.commits for cache in caches] == [2, 1]
 
 
+def test_one_block_may_be_entered_again_and_stand_before_a_function():
+    layer, cache = build(), Counting(s.b)
+    block = commit_once(cache)
+    with block, block:
+        layer(tokens(), cache=cache)
+    assert cache.commits == 1 and not cache.in_hand
+
+    @block
+    def write(times):
+        return write(times - 1) if times else layer(tokens(), cache=cache)
+
+    write(2)
+    assert cache.commits == 2 and not cache.in_hand
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_block_that_fails_keeps_nothing(nested):
     layer, caches = build(), [Counting(s.b), Counting(s.b)]

@@ -1,6 +1,7 @@
 """Blocks give the numbers of the slab; no block is lost, written twice, or seen by a row that has no part in it."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from mha_book.heads.layer import Cache, commit_once
 from mha_book.plugs.cache import KVCache
-from mha_book.plugs.paged import BlockPool, PagedCache
+from mha_book.plugs.paged import BlockPool, PagedCache, Rows
 from support.caches import (
     ATTENDS,
     CUTS,
@@ -183,6 +184,73 @@ def check_crops(cached=PagedCache, pools=BlockPool):
     assert_no_block_is_lost(pool, cache)
 
 
+class Gathering(Rows):
+    "Tables that are gathered wherever they lie."
+
+    def lay_out(self, held):
+        super().lay_out(held)
+        self.line = None
+
+
+def in_line(cache):
+    "Whether what it shows is the pool's own memory."
+    nothing = new(b=len(cache.seen), n=0)
+    shown = cache.append(nothing, nothing)[0]
+    return shown.untyped_storage().data_ptr() == cache.pool.k.untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+def check_views(cached=PagedCache, pools=BlockPool, seeds=3):
+    "What is read where it lies is what is gathered, to the last bit, whoever comes, goes, shares and takes back."
+    seen = Counter()
+    for rows, seed in ((rows, seed) for rows in (1, 2, 3) for seed in range(seeds)):
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))  # noqa: B023, E731
+        sides = [[cached(pool_of(800, 4, pools), rows)], [cached(pool_of(800, 4, pools), rows)]]
+        for cache in sides[1]:
+            cache.blocks = Gathering(cache.pool, [[]] * rows, [0] * rows)
+        for _ in range(20):
+            which, what = draw(0, len(sides[0]) - 1), draw(0, 9)
+            lengths = [draw(0, 30) for _ in sides[0][which].lengths]
+            for side in sides:
+                cache = side[which]
+                if what == 0:
+                    cache.crop(lengths[0] if lengths[0] % 2 else torch.tensor(lengths))
+                elif what == 1 and len(side) < 4:
+                    side.append(cache.fork(torch.arange(len(lengths)), torch.tensor(lengths)))
+                elif what == 2 and len(side) > 1:
+                    del side[which]
+                elif what == 3 and len(side) < 4:
+                    side.append(cached(cache.pool, len(lengths)))
+                    side[-1].blocks = type(cache.blocks)(cache.pool, [[] for _ in lengths], [0] * len(lengths))
+                del cache
+            calls = [(sides[0][-1], sides[1][-1], draw(1, 9))] + [(*pair, 1) for pair in zip(*sides)] * draw(1, 3)
+            for view, gathered, count in calls:
+                k = torch.randn(len(view.lengths), s.g, count, s.d, **float64, generator=generator)
+                shown, wanted = view.append(k, -k), gathered.append(k, -k)
+                assert torch.equal(shown[0], wanted[0]) and torch.equal(shown[1], wanted[1])
+                assert view.tables == gathered.tables
+                view.commit()
+                gathered.commit()
+                assert not in_line(gathered)
+                seen[rows, in_line(view)] += 1
+            for side in sides:
+                assert_no_block_is_lost(side[0].pool, *side)
+    assert all(seen[rows, lies] > 8 for rows in (1, 2, 3) for lies in (True, False)), seen
+
+
+def test_rows_that_nobody_is_between_stay_in_line_and_two_caches_leave_each_other_room():
+    for rows in 1, 3:
+        pool = pool_of(120, 4)
+        with torch.no_grad():
+            caches = [PagedCache(pool, rows) for _ in range(2)]
+            for count in 9, *[1] * 30:
+                for cache in caches:
+                    cache.append(new(b=rows, n=count), new(b=rows, n=count))
+                    cache.commit()
+                    assert in_line(cache)
+
+
 CHECKS = [
     check_crops,
     check_beside_the_slab,
@@ -191,6 +259,7 @@ CHECKS = [
     check_only_what_is_needed,
     check_failures,
     check_two_that_want_the_last_block,
+    check_views,
 ]
 
 

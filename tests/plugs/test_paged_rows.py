@@ -373,11 +373,11 @@ def test_a_shallow_copy_shares_blocks_and_is_a_cache_of_its_own():
         copy.copy(pool)
 
 
-def test_what_append_has_shown_outlives_the_cache_and_its_blocks():
+def test_what_append_has_shown_to_a_graph_outlives_the_cache_and_its_blocks():
     pool = pool_of(3)
     cache, rows = filled(pool, [7])
-    with torch.no_grad():
-        shown = cache.append(new(b=1), new(b=1))[0]
+    cache.reorder(torch.tensor([0]))
+    shown = cache.append(new(b=1), new(b=1))[0]
     del cache
     filled(pool, [9], seed=5)
     assert torch.equal(shown[0, :, :7], rows[0])

@@ -10,7 +10,7 @@ import torch
 
 from mha_book.plugs import cache as module
 from mha_book.plugs.cache import Call, KVCache, Slots, take_slots
-from mha_book.plugs.paged import BlockPool, PagedCache, Rows, Tables, flat
+from mha_book.plugs.paged import BlockPool, PagedCache, Rows, Run, Tables, flat
 
 
 @dataclass(frozen=True)
@@ -403,6 +403,18 @@ def from_one(right):
     return wrong
 
 
+def a_block_on(right):
+    def wrong(tables):
+        run = right(tables)
+        return run and run._replace(first=run.first + (len(tables) > 1))
+
+    return wrong
+
+
+def keeps_its_run(right):
+    return lambda self, most: right(self, most) or self.run
+
+
 def rows_left(right):
     def wrong(self, length, added=0):
         shown = right(self, length, added)
@@ -499,6 +511,9 @@ BLOCKS = {
     "a block too few": Mutant(Rows, "extend", a_block_too_few),
     "a block too many": Mutant(Rows, "extend", a_block_too_many),
     "places within the block from 1": Mutant(Tables, "slots_of", from_one),
+    "in line, whoever has the blocks": Mutant(BlockPool, "line_up", instead(lambda self, blocks: True)),
+    "in line, and the rows elsewhere": Mutant(Run, "of", a_block_on),
+    "in line, and never looks again": Mutant(Rows, "follow", keeps_its_run),
     "rows aligned at the left": Mutant(Rows, "read", rows_left),
     "padding is kept": Mutant(PagedCache, "commit", keeps_padding),
     "committed at once": Mutant(PagedCache, "append", after(lambda cache: cache.commit())),

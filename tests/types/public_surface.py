@@ -18,6 +18,7 @@ from mha_book import (
     HeadTemperature,
     KVCache,
     LearnedPositions,
+    MixedPrecision,
     MultiHeadAttention,
     OutputGate,
     PagedCache,
@@ -28,8 +29,10 @@ from mha_book import (
     RoPELlama3Scaling,
     RoPENTKScaling,
     RoPEYaRNScaling,
+    RotatedPosition,
     SinkAttention,
 )
+from mha_book.plugs.quantize import HeadPrecision
 
 # into the sockets
 attends: list[Attend] = [
@@ -41,10 +44,12 @@ attends: list[Attend] = [
     RelativeBias(4),
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
+    MixedPrecision(HeadPrecision.uniform(4, "int4")),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
+positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
 caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
@@ -95,7 +100,13 @@ turned: list[MultiHeadAttention] = [
     mha_book.mean_kv_heads(layer, 1),
     mha_book.rotate_kv_heads(layer),
     mha_book.align_kv_heads(layer, 1),
+    mha_book.permute_heads(layer, [1, 0]),
+    mha_book.rotate_heads(layer, values=mha_book.hadamard(16)),
 ]
+precision: HeadPrecision = mha_book.sort_heads(layer, HeadPrecision.uniform(2, "int4"))[1]
+text: str = mha_book.precisions_to_json({"": precision})
+with mha_book.use_precision(layer, mha_book.precisions_from_json(text, layer)):
+    y = layer(x)
 
 # look at it, measure it
 report = mha_book.gradient_report(layer, lambda: layer(x).sum())

@@ -693,11 +693,16 @@ def test_a_layer_under_a_policy_learns(name):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # the kernel under vmap
 @pytest.mark.parametrize("name", POLICIES)
 def test_transforms(name, own_messages):
+    torch.compiler.reset()  # all policies are one class, and a class is not compiled again without end
     layer = with_policy(build(dtype=torch.float32), POLICIES[name]).requires_grad_(False)
     x = tokens(8, dtype=torch.float32)
     exact = layer(x)
     same = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
     same(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), exact)
+    anywhere = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for n in 8, 9, 11:
+        longer = tokens(n, dtype=torch.float32)
+        same(anywhere(longer), layer(longer))
     same(torch.export.export(layer, (x,)).module()(x), exact)
     same(torch.vmap(lambda row: layer(row[None])[0])(x), exact)
     assert layer.to("meta")(x.to("meta")).shape == exact.shape
