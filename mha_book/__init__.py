@@ -45,6 +45,8 @@ from mha_book.plugs.logits import (
 )
 from .plugs.paged import BlockPool, PagedCache
 from .plugs.positions import ALiBi, LearnedPositions, RelativeBias, sinusoidal_positions
+from .plugs.quantize import HeadPrecision, dequantize, quantize, round_keys, round_values
+from .plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from .plugs.rope import RoPE, rotate_by_tables
 from mha_book.plugs.rope_scaling import (
     RoPELinearScaling,
@@ -65,6 +67,13 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from mha_book.variants.sensitivity import (
+    Sensitivity,
+    allocate_precision,
+    allocation_bound,
+    head_sensitivity,
+    joint_effect,
+)
 
 __all__ = [
     # The layer
@@ -83,6 +92,9 @@ __all__ = [
     "Finish", "OutputGate",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
+    "QuantizedKVCache", "promised_bytes",
+    # Fewer bits
+    "HeadPrecision", "quantize", "dequantize", "round_keys", "round_values",
     # Functions
     "attention", "attention_weights", "attention_logits", "attention_with_lse",
     "merge_attention", "implementations", "causal_mask", "window_mask", "LearnedPositions",
@@ -95,6 +107,9 @@ __all__ = [
     # Look at it
     "gradient_report", "largest_logits", "head_statistics", "error_report",
     "explain_dispatch",
+    # Which heads need bits
+    "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
+    "allocation_bound",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -580,9 +580,8 @@ def check_join(cache: KVCache, other: KVCache) -> None:
     if other is cache:
         raise ValueError("a cache cannot join itself; reorder repeats its rows")
     kinds = [dict(heads=c.k.shape[1], head_dim=c.k.shape[3], value_dim=c.v.shape[3],
-                  dtype=c.k.dtype, device=c.k.device, window=c.window,
-                  keep_first=c.keep_first, precision=getattr(c, "precision", None))
-             for c in (cache, other)]
+                  dtype=c.k.dtype, device=c.k.device, window=c.window, keep_first=c.keep_first,
+                  precision=getattr(c, "precision", None)) for c in (cache, other)]
     for name, own in kinds[0].items():
         if own != kinds[1][name]:
             raise ValueError(f"{name} differs: cache {own}, the other {kinds[1][name]}; make "

@@ -25,9 +25,12 @@ from mha_book.plugs.cache import KVCache, Slots
 from mha_book.plugs.logits import HeadTemperature, OutputGate, SinkAttention
 from mha_book.plugs.paged import BlockPool
 from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, distances
+from mha_book.plugs.quantize import HeadPrecision
+from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
 from support.refusals import refused
 
+INT4 = HeadPrecision.uniform(3, "int4")
 MAKES = {  # what makes tensors, or hands a device on to where they are made
     "MultiHeadAttention": lambda device: mha_book.MultiHeadAttention(48, 6, num_kv_heads=3, device=device),
     "StackedProjections": lambda device: StackedProjections(48, HeadLayout(6, 3, 8), 40, True, None, device),
@@ -39,6 +42,8 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),
     "KVCache": lambda device: KVCache(2, 3, 7, 8, device=device),
+    "QuantizedKVCache": lambda device: QuantizedKVCache(2, INT4, 7, 8, device=device),
+    "QuantizedSlots": lambda device: QuantizedSlots(2, Plan(INT4, 8, 8), 7, 7, device, None),
     "Slots": lambda device: Slots(torch.Size((2, 3, 7, 8)), torch.Size((2, 3, 7, 8)), device=device, dtype=None),
     "BlockPool": lambda device: BlockPool(5, 4, 3, 8, device=device),
     "causal_mask": lambda device: causal_mask(5, 7, device),

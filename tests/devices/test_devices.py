@@ -31,7 +31,9 @@ from mha_book.instruments.testing import SIZES
 from mha_book.kernels import backends
 from mha_book.lab.nine_ways import NINE_WAYS
 from mha_book.models.encoder import Encoder, EncoderConfig, convert_bert, encode, expected_tensors, mean_pool
+from mha_book.plugs import quantize
 from mha_book.plugs.quantize import HeadPrecision
+from mha_book.plugs.quantized_cache import QuantizedKVCache, promised_bytes
 from support.mutants import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -527,6 +529,25 @@ CASES |= {
 }
 
 
+def in_fewer_bits(device, form):
+    "Keys of whole blocks with padding, values, and their gradients."
+    k, v = (torch.randn(s.b, s.g, s.m, width, device=device, requires_grad=True) for width in (s.d, s.dv))
+    near = mha_book.round_keys(k, form, 3, bits(s.b, s.m, device=device)), mha_book.round_values(v, form)
+    return *near, *torch.autograd.grad(sum(x.sum() for x in near), (k, v))
+
+
+def stored(device):
+    "Codes, packed and unpacked, and what comes back."
+    codes = mha_book.quantize(heads(device)[1], 5, -2)
+    packed = quantize.pack(codes.codes, 5)
+    unpacked = codes._replace(codes=quantize.unpack(packed, 5))
+    return *codes, packed, mha_book.dequantize(unpacked, torch.float32)
+
+
+CASES |= {f"round_keys, round_values: {form}": partial(in_fewer_bits, form=form) for form in quantize.KV_FORMATS}
+CASES["quantize, dequantize"] = stored
+
+
 def decoded(device, options, cached, real=None):
     "A prompt and single tokens, with gradients and without; all that the cache holds."
     layer = layer_of(device, position=turn_by_row)
@@ -585,6 +606,18 @@ def come_and_go(cache, other, device):
 def rows_come_and_go(device):
     cache = come_and_go(slab(device), slab(device), device)
     return cache.k[:, :, cache.start : cache.end], cache.seen
+
+
+def rounded_rows(device):
+    "Of a cache of integers, what it reads after rows have come and gone, and its bytes."
+    formats = HeadPrecision(("int4", "int8", "float16"), ("int3", "float8_e5m2", "int4"), group=2, exact_first=1)
+    made = [QuantizedKVCache(s.b, formats, 12, s.d, device=device, dtype=torch.float64) for _ in range(2)]
+    cache = come_and_go(*made, device)
+    nothing = torch.zeros(2, len(cache.seen), s.g, 0, s.d, device=device, dtype=torch.float64)
+    assert cache.fork(torch.tensor([0], device=device)).nbytes == promised_bytes(
+        formats, int(cache.seen[0]), s.d, dtype=torch.float64
+    )
+    return cache.append(*nothing), cache.seen
 
 
 def blocks_come_and_go(device):
@@ -661,6 +694,17 @@ def judged(device):
     return layer
 
 
+def sensitive(device):
+    "What is measured on a device is kept on the CPU; the layer stays where it is."
+    layer, x = layer_of(device), tokens(device)
+    found = mha_book.head_sensitivity(layer, [(x,)], ["int4", "bfloat16"], group=4)
+    assert found.effects[""].device.type == "cpu"
+    precisions = mha_book.allocate_precision(found, 14.0)
+    assert mha_book.allocation_bound(found, 14.0) <= found.predict(precisions) * (1 + 1e-9)
+    assert mha_book.joint_effect(layer, [(x,)], precisions) > 0
+    return layer, layer(x)
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "error_report": judged,
@@ -670,6 +714,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
     ),
     "KVCache: reorder": partial(reordered, cached=slab),
     "KVCache: drop, fork, join": rows_come_and_go,
+    "QuantizedKVCache, promised_bytes": rounded_rows,
     "PagedCache, BlockPool": partial(decoded, options={}, cached=blocks),
     "PagedCache, BlockPool: padding": partial(
         decoded, options={}, cached=blocks, real=[[False, True, True], [True, True, False]]
@@ -688,6 +733,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+    "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
 }
 WITHOUT_TENSORS = {
     "Attend",
@@ -696,6 +742,7 @@ WITHOUT_TENSORS = {
     "Dialect",
     "Finish",
     "HeadLayout",
+    "HeadPrecision",
     "benchmark",
     "Position",
     "cache_bytes",

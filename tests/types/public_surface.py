@@ -15,6 +15,7 @@ from mha_book import (
     Dialect,
     Finish,
     HeadLayout,
+    HeadPrecision,
     HeadTemperature,
     KVCache,
     LearnedPositions,
@@ -23,6 +24,7 @@ from mha_book import (
     OutputGate,
     PagedCache,
     Position,
+    QuantizedKVCache,
     RelativeBias,
     RoPE,
     RoPELinearScaling,
@@ -32,7 +34,6 @@ from mha_book import (
     RotatedPosition,
     SinkAttention,
 )
-from mha_book.plugs.quantize import HeadPrecision
 
 # into the sockets
 attends: list[Attend] = [
@@ -52,7 +53,10 @@ positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) f
 positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
 pool = BlockPool(8, 4, 4, 16)
-caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache()]
+rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
+quantized = QuantizedKVCache(2, rounded, 32, 16)
+held_bytes: bool = quantized.nbytes == 2 * mha_book.promised_bytes(rounded, 0, 16)
+caches: list[Cache] = [KVCache(2, 4, 32, 16), PagedCache(pool, 2), ContextCache(), quantized]
 
 # the layer
 layout = HeadLayout(4, 2, 16)
@@ -104,8 +108,8 @@ turned: list[MultiHeadAttention] = [
     mha_book.rotate_heads(layer, values=mha_book.hadamard(16)),
 ]
 precision: HeadPrecision = mha_book.sort_heads(layer, HeadPrecision.uniform(2, "int4"))[1]
-text: str = mha_book.precisions_to_json({"": precision})
-with mha_book.use_precision(layer, mha_book.precisions_from_json(text, layer)):
+as_json: str = mha_book.precisions_to_json({"": precision})
+with mha_book.use_precision(layer, mha_book.precisions_from_json(as_json, layer)):
     y = layer(x)
 
 # look at it, measure it
@@ -117,3 +121,17 @@ device: torch.device = mha_book.pick_device("cpu")
 timings = mha_book.benchmark({"layer": lambda: layer(x)})
 held: int = mha_book.peak_bytes(lambda: layer(x))
 size: int = mha_book.cache_bytes(12, 4, 16, 1024)
+
+# fewer bits
+policy: HeadPrecision = HeadPrecision.uniform(2, "int4", torch.bfloat16, group=32)
+mixed = HeadPrecision(["int4", torch.float16], ("int2", "int8"), exact_first=1).permuted([1, 0])
+stored: float = mixed.bits(16)
+codes = mha_book.quantize(k, 4, -1)
+again: Tensor = mha_book.dequantize(codes, k.dtype)
+coarse: list[Tensor] = [mha_book.round_keys(k, "int4", 2), mha_book.round_values(v, torch.float16)]
+
+# which heads need bits
+measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4", torch.bfloat16], group=4)
+precisions = mha_book.allocate_precision(measured, 12.0)
+sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
+together: float = mha_book.joint_effect(layer, [(x,)], precisions)

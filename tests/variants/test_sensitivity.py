@@ -12,6 +12,7 @@ from mha_book.heads.layer import MultiHeadAttention
 from mha_book.instruments.testing import SIZES
 from mha_book.plugs.logits import SinkAttention
 from mha_book.plugs.quantize import HeadPrecision, round_keys, round_values
+from mha_book.variants.mixed_precision import use_precision
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -157,18 +158,32 @@ def test_the_loss_rises_by_what_is_said():
 
 
 def test_padding_changes_no_effect():
-    layer, (x,) = build(), batch(8)
-    padded = torch.cat([x, 1e3 * torch.randn(s.b, 5, s.e, **float64)], 1)
-    key_mask = torch.arange(13).expand(s.b, -1) < 8
+    "The second block of keys holds two real tokens and two that are none."
+    layer, (x,) = build(), batch(6)
+    key_mask = torch.arange(13).expand(s.b, -1) < 6
+
+    def measured(size, key_mask):
+        padded = torch.cat([x, size * torch.randn(s.b, 7, s.e, **float64)], 1)
+        batches = [(padded, key_mask)]
+        return head_sensitivity(layer, batches, ["int4"], group=GROUP, outputs=real).effects[""]
 
     def real(module, x, key_mask):
-        return module(x, key_mask=key_mask)[:, :8]
+        return module(x, key_mask=key_mask)[:, :6]
 
-    plain = head_sensitivity(layer, [(x,)], ["int4"], group=GROUP).effects[""]
-    masked = head_sensitivity(layer, [(padded, key_mask)], ["int4"], group=GROUP, outputs=real).effects[""]
-    assert torch.allclose(plain, masked, rtol=1e-9)
-    seen = head_sensitivity(layer, [(padded, None)], ["int4"], group=GROUP, outputs=real).effects[""]
-    assert not torch.allclose(plain, seen, rtol=0.1)
+    assert torch.allclose(measured(0.1, key_mask), measured(1e3, key_mask), rtol=1e-9)
+    assert not torch.allclose(measured(0.1, None), measured(1e3, None), rtol=0.5)
+
+
+def test_what_ruins_the_output_costs_inf_and_is_not_chosen():
+    "Integers have scales in float16, and these values are beyond its range."
+    layer = build(bias=False)
+    with torch.no_grad():
+        layer.in_proj.weight[-s.g * (s.d - 2) :] *= 1e6
+    found = head_sensitivity(layer, [batch()], ["int8", "bfloat16"], group=GROUP)
+    assert (found.effects[""][1, :, 0] == math.inf).all() and found.effects[""][:, :, 1].isfinite().all()
+    assert found.effects[""][0].isfinite().all()
+    assert allocate_precision(found, 16.0)[""].values == ("bfloat16",) * s.g
+    assert joint_effect(layer, [batch()], {"": HeadPrecision.uniform(s.g, "int8", group=GROUP)}) == math.inf
 
 
 class Noted(nn.Module):
@@ -198,6 +213,21 @@ def test_first_tokens_and_other_heads_stay_exact():
     assert torch.equal(last[0], k) and torch.equal(last[1][:, :-1], v[:, :-1])
     assert torch.equal(last[1][:, -1:, 3:], round_values(v[:, -1:, 3:], "int3"))
     assert len(layer.attend.calls) == 2 + 2 * s.g
+
+
+def test_a_joint_effect_is_that_of_the_policy_in_use():
+    model, batches = Two(), [batch(), batch()]
+    precisions = {
+        "first": HeadPrecision(("int3", "int8", "int8")[: s.g], ("int4",) * s.g, GROUP, exact_first=1),
+        "rest.second": HeadPrecision.uniform(s.g, "int2", "int5", group=3),
+    }
+    moved = size = 0.0
+    for (x,) in batches:
+        y = model(x)[-1]
+        with use_precision(model, precisions):
+            moved += (model(x)[-1] - y).square().sum().item()
+        size += y.square().sum().item()
+    assert joint_effect(model, batches, precisions) == close(moved / size)
 
 
 # What is left behind
@@ -232,6 +262,18 @@ def test_every_plug_is_put_back(plug, fails):
         assert torch.is_grad_enabled() and all(p.grad is None for p in model.parameters())
         assert names == ([n for n, _ in model.named_parameters()], [n for n, _ in model.named_modules()])
         assert all(("attend" in vars(layer)) == (plug is None) for layer in (model.first, model.rest["second"]))
+
+
+def test_nothing_is_recorded_for_gradients():
+    layer, recorded = build(), []
+
+    def outputs(module, x):
+        recorded.append((y := module(x)).requires_grad)
+        return y
+
+    head_sensitivity(layer, [batch()], ["int4"], group=GROUP, outputs=outputs)
+    joint_effect(layer, [batch()], {"": HeadPrecision.uniform(s.g, "int4", group=GROUP)}, outputs=outputs)
+    assert len(recorded) == 2 + 2 * s.g + 3 and not any(recorded)
 
 
 def test_progress_is_told():
@@ -300,7 +342,7 @@ BAD = {
     "joint, other heads": (
         lambda x: joint_effect(build(), [x], {"": HeadPrecision.uniform(s.g + 1, "int4")}),
         ValueError,
-        [f"{s.g} key-value heads", f"{s.g + 1}"],
+        [f"the layer has {s.g}", f"{s.g + 1}"],
     ),
     "joint, no policy": (lambda x: joint_effect(build(), [x], {"": "int4"}), TypeError, ["HeadPrecision", "str"]),
 }
