@@ -56,7 +56,7 @@ def tests(
 
 TEXTS = {  # least, unless told, most, what it is; always a multiple of the least
     "sequences": (1, 32, 512, "that the encoder is tested on (32)"),
-    "calibration_sequences": (1, 8, 64, "on which its heads are measured (8)"),
+    "calibration_sequences": (1, 4, 64, "on which its heads are measured (4)"),
     "texts": (1, 8, 64, "that the language model is tested on (8)"),
     "tokens": (GROUP, 512, 1024, "of each, a multiple of 64 (512)"),
     "calibration_tokens": (GROUP, 256, 1024, "of the text on which its heads are measured, a multiple of 64 (256)"),

@@ -10,6 +10,7 @@ import torch
 
 from mha_book.bench.ablations import Ablations, read_ablations
 from mha_book.bench.measured import memory, provenance, read_measurement, side_by_side, write_file
+from mha_book.bench.precision import read_precision
 from mha_book.bench.trials import Trials, read_trials
 from mha_book.models.encoder import EncoderConfig, check_pooling, load_state, load_tokenizer, read_json
 from mha_book.models.language_model import read_gguf
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_messages")
 ORIGIN = provenance(torch.device("cpu")) | dict(command="mha-book", dtype="float32", threads=1, seed=0)
 ROW = dict(name="a", ratio=1.0, low=0.9, high=1.1, seconds=1e-3, peak_bytes=1, share=0.5, compile_seconds=None, note="")
 TRAINING = dict(vocab=7, tokens=10, width=12, heads=3, blocks=2, batch=2, steps=20, warm_up=5, record=5)
+POINT = dict(model="m", rule="uniform", budget=4.5, exact_first=0, way="rounded", bits=4.5, scores=[0.1, 0.2])
 GOOD = {
     "measurement": ORIGIN
     | dict(rounds=15, machine=dict(flops=1e9, bandwidth=1e9))
@@ -29,8 +31,16 @@ GOOD = {
     | dict(runs=[dict(treatment="plain", rate=r, seed=0, losses=[3.0, 2.0], largest=[1.0, 1.0]) for r in (0.1, 0.2)]),
     "ablations": ORIGIN
     | dict(seconds=1.0, tokens={"one": 5}, base={"one": 2.0}, losses={"one": [[2.5, 2.0], [2.0, 3.0]]}),
+    "precision": ORIGIN
+    | dict(
+        complete=False, seconds=1.5, sizes=dict(texts=2), layouts={"m": {"a": [2, 1, 4, 4]}}, formats={"m": ["int4"]}
+    )
+    | dict(traits={"m": {"entropy": {"a": [0.5]}}})
+    | dict(effects=[dict(model="m", exact_first=0, layer="a", effects=[[[0.1]], [[0.2]]])])
+    | dict(points=[POINT, POINT | dict(rule="other")]),
 }
 READ = {"measurement": read_measurement, "trials": read_trials, "ablations": read_ablations}
+READ |= {"precision": read_precision}
 
 
 def test_the_files_that_are_broken_below_are_good_ones(tmp_path):
