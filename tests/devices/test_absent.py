@@ -28,6 +28,7 @@ from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, dist
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
+from mha_book.variants.mixed_precision import hadamard
 from support.refusals import refused
 
 INT4 = HeadPrecision.uniform(3, "int4")
@@ -50,6 +51,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "window_mask": lambda device: window_mask(5, 7, 2, device),
     "query_places": lambda device: query_places(5, 7, device),
     "distances": lambda device: distances(5, 7, device),
+    "hadamard": lambda device: hadamard(8, device=device),
     "rope_frequencies": lambda device: rope_frequencies(8, device=device),
 }
 ASKS = MAKES | {  # and what loads, trains, measures, or only asks
