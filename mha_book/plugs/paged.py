@@ -76,6 +76,8 @@ class BlockPool:
 
     def line_up(self, blocks: list[int]) -> bool:
         "Whether these blocks are free; if so, they are the next ones to be taken."
+        if self.stack[:self.left][-len(blocks):].tolist() == blocks[::-1]:
+            return True    # they are already
         free, wanted = self.stack[:self.left], torch.tensor(blocks, device="cpu", dtype=torch.int64)
         others = free[~torch.isin(free, wanted)]
         if fits := len(others) + len(wanted) == len(free):
@@ -87,8 +89,8 @@ class BlockPool:
         self.more.update(blocks)
 
     def release(self, blocks: list[int]) -> None:
-        "One table less has each of these; after the last one it is free."
-        for block in blocks:
+        "One table less has each of these; after the last one it is free, the first one next."
+        for block in reversed(blocks):
             if self.more[block]:
                 self.more[block] -= 1
             else:
@@ -534,6 +536,8 @@ def widest_gap(pool: BlockPool, rows: int, count: int) -> Run | None:
     that those who are before it can grow, too. None where there is none.
     """
     far = len(pool.stack) // rows
+    if pool.left == len(pool.stack):
+        return Run(0, far, rows) if count <= far else None
     taken = torch.ones_like(pool.stack).index_fill(0, pool.stack[:pool.left], 0)
     taken = taken[:rows * far].view(rows, far).any(0)
     walls = F.pad(taken, (1, 1), value=True).nonzero().flatten()
