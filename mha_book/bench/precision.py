@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shorter
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ from ..lab.frontier import (
     random_scores,
     spare,
 )
+from ..plugs.quantize import KV_FORMATS
 from ..variants.sensitivity import Sensitivity, allocate_precision
 from .ending import STOPS
 from .measured import Origin, provenance, read_file
 from .subjects import GROUP, Subject
 
 # The file
+
+
+NUMBERS = dict(dtype=torch.float64, device="cpu")  # of a file, wherever its model was
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,7 @@ class Precision(Origin):
     def __post_init__(self):
         super().__post_init__()
         self._check_least(seconds=0)
-        if not self.layouts or not self.layouts.keys() == self.formats.keys() or not {*self.traits} <= {*self.layouts}:
-            raise ValueError(f"models differ: layouts {[*self.layouts]}, formats {[*self.formats]}")
+        _check_models(self.layouts, self.formats, self.traits)
         for i, one in enumerate(self.effects):
             _check_effects(one, self.layouts, self.formats, f"effects[{i}]")
         texts: dict[str, int] = {}
@@ -101,7 +105,7 @@ class Precision(Origin):
         name: str,  # one of TRAITS
     ) -> dict[str, Tensor]:  # layer -> key-value heads
         "What was seen of the heads."
-        return {layer: torch.tensor(values) for layer, values in self.traits[model][name].items()}
+        return {layer: torch.tensor(values, device="cpu") for layer, values in self.traits[model][name].items()}
 
     def sensitivity(
         self,
@@ -110,7 +114,7 @@ class Precision(Origin):
     ) -> Sensitivity:
         "The effects, as `allocate_precision` takes them. ValueError where some are missing."
         found = {
-            one.layer: torch.tensor(one.effects, dtype=torch.float64)
+            one.layer: torch.tensor(one.effects, **NUMBERS)
             for one in self.effects
             if (one.model, one.exact_first) == (model, exact_first)
         }
@@ -142,12 +146,28 @@ class Precision(Origin):
         """
         if point.model == "language":
             base = base or self.point("language", "exact")
-            pairs = torch.tensor([point.scores, base.scores], dtype=torch.float64)
+            pairs = torch.tensor([point.scores, base.scores], **NUMBERS)
             return bootstrap(pairs.mT, lambda rows: (rows[..., 0] - rows[..., 1]).mean(-1).exp(), self.seed)
-        pairs = torch.tensor([point.scores, (base or point).scores], dtype=torch.float64).mT
+        pairs = torch.tensor([point.scores, (base or point).scores], **NUMBERS).mT
         if base is None:
             return bootstrap(pairs, lambda rows: rows[..., 0].mean(-1).sqrt(), self.seed)
         return bootstrap(pairs, lambda rows: (rows[..., 0].mean(-1) / rows[..., 1].mean(-1)).sqrt(), self.seed)
+
+
+def _check_models(layouts: dict, formats: dict, traits: dict) -> None:
+    "ValueError for models that differ, for layers that are not cut into heads, and for formats that there are not."
+    if not layouts or not layouts.keys() == formats.keys() or not {*traits} <= {*layouts}:
+        raise ValueError(
+            f"models differ: layouts {shorter([*layouts])}, formats {shorter([*formats])}, traits {shorter([*traits])}"
+        )
+    for model, layers in layouts.items():
+        if unknown := [form for form in formats[model] if form not in KV_FORMATS]:
+            raise ValueError(f"formats of {shorter(model)}: {shorter(unknown[0])} is none of {', '.join(KV_FORMATS)}")
+        for name, sizes in layers.items():
+            try:
+                HeadLayout(*sizes)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"layer {shorter(name)}: {shorter(sizes)} is not h, g, d, dv: {error}") from None
 
 
 def _check_effects(one: Effects, layouts: dict, formats: dict, where: str) -> None:
@@ -155,7 +175,9 @@ def _check_effects(one: Effects, layouts: dict, formats: dict, where: str) -> No
     try:
         _, g, *_ = layouts[one.model][one.layer]
     except KeyError:
-        raise ValueError(f"{where} is of layer {one.layer!r} of {one.model!r}, which is not there") from None
+        raise ValueError(
+            f"{where} is of layer {shorter(one.layer)} of {shorter(one.model)}, which is not there"
+        ) from None
     shape = [len(formats[one.model])] * g
     if [[*map(len, heads)] for heads in one.effects] != [shape, shape]:
         raise ValueError(f"{where} is not of 2 parts, {g} heads and {shape[0]} formats")

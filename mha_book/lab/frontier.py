@@ -49,7 +49,7 @@ class Storage:
 
 
 def kv_layouts(
-    model: nn.Module,
+    model: nn.Module,          # that holds MultiHeadAttention
 ) -> dict[str, HeadLayout]:    # by name in `model.named_modules()`
     "How each attention layer of a model is cut into heads. Raises ValueError where none is."
     found = {name: layer.layout for name, layer in model.named_modules()
@@ -82,8 +82,8 @@ class TokenScales:
 
     def __init__(
         self,
-        precision: HeadPrecision,
-        attend: Callable,    # what gets them
+        precision: HeadPrecision,    # of each key-value head
+        attend: Callable,            # what gets them
     ):
         self.precision, self.attend = precision, attend
 
@@ -99,8 +99,8 @@ class TokenScales:
 
 @contextmanager
 def stored_as(
-    model: nn.Module,
-    storage: Storage,
+    model: nn.Module,     # whose layers `storage` names
+    storage: Storage,     # how their keys and values are stored
 ) -> Iterator[None]:
     """A model whose attention sees keys and values as they come back from `storage`;
     afterwards it has its own plugs again. Raises ValueError for names of other layers.
@@ -166,7 +166,7 @@ def _policies(layouts: dict[str, HeadLayout], widths: dict, rest: dict) -> dict:
 
 # %% ../../nbs/18e_frontier.ipynb #rules
 def lean(
-    layouts: dict[str, HeadLayout],
+    layouts: dict[str, HeadLayout],       # from `kv_layouts`
     more: int,                            # bits that keys get beyond values
 ) -> dict[str, Float[Tensor, "2 g"]]:     # for `fit_bits`
     "Keys at more bits than values, all heads alike: 2 makes K5 V3 of 4 bits each."
@@ -186,7 +186,7 @@ def spare(
 
 
 def by_entropy(
-    entropies: dict[str, Float[Tensor, "g"]],
+    entropies: dict[str, Float[Tensor, "g"]],    # of each key-value head, in nats
     slope: float = 0.25,                      # bits a nat
 ) -> dict[str, Float[Tensor, "2 g"]]:         # for `fit_bits`
     "b_h = b + slope (mean H - H_h): the more a head looks at one token, the more bits."
@@ -216,8 +216,8 @@ def hand_out(
 
 
 def random_scores(
-    layouts: dict[str, HeadLayout],
-    seed: int,
+    layouts: dict[str, HeadLayout],    # from `kv_layouts`
+    seed: int,                         # the same numbers for the same seed
 ) -> dict[str, Float[Tensor, "g"]]:
     "A number for each key-value head that says nothing about it."
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -247,7 +247,7 @@ class _Watched:
 
 @torch.no_grad()
 def head_traits(
-    model: nn.Module,
+    model: nn.Module,        # that holds MultiHeadAttention
     batches: list[tuple],    # positional arguments of each call
 ) -> dict[str, dict[str, Float[Tensor, "g"]]]:    # trait -> layer's name -> key-value heads
     """What can be seen of heads without rounding anything: the largest |logit|, Renyi's
@@ -268,8 +268,8 @@ def head_traits(
 
 # %% ../../nbs/18e_frontier.ipynb #compare
 def rank_correlation(
-    a: Float[Tensor, "n"],
-    b: Float[Tensor, "n"],
+    a: Float[Tensor, "n"],   # one number for each head, say
+    b: Float[Tensor, "n"],   # another one
 ) -> float:                  # 1: the same order; 0: none; -1: the reverse
     "Spearman's: the correlation of the ranks, equal numbers in the order they stand in."
     ranks = torch.stack([x.argsort(stable=True).argsort(stable=True).double() for x in (a, b)])
@@ -277,9 +277,9 @@ def rank_correlation(
 
 
 def precision_at(
-    k: int,
-    truth: Float[Tensor, "n"],
-    guess: Float[Tensor, "n"],
+    k: int,                      # how many
+    truth: Float[Tensor, "n"],   # what they are worth
+    guess: Float[Tensor, "n"],   # what is said of them
 ) -> float:                   # chance gives k / n
     "Which share of the k largest of `guess` are among the k largest of `truth`."
     check_count("k", k)
@@ -290,12 +290,12 @@ def precision_at(
 def bootstrap(
     samples: Float[Tensor, "n _"],                # one row for each text
     statistic: Callable[[Tensor], Tensor],        # of rows: ... n _ -> ...
-    seed: int = 0,
-    draws: int = 2000,
+    seed: int = 0,                                # of the draws
+    draws: int = 2000,                            # how often texts are drawn, with replacement
 ) -> tuple[float, float, float]:    # the statistic, and what holds 95 % of the draws
     "A statistic of texts, and how much it hangs on which texts they were. Efron 1979."
     generator = torch.Generator("cpu").manual_seed(seed)
     rows = torch.randint(len(samples), (draws, len(samples)), generator=generator, device="cpu")
-    low, high = statistic(samples[rows]).double().quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    drawn = statistic(samples[rows.to(samples.device)]).double().cpu()
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")).tolist()
     return float(statistic(samples)), low, high
