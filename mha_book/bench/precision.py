@@ -175,9 +175,7 @@ def _check_effects(one: Effects, layouts: dict, formats: dict, where: str) -> No
     try:
         _, g, *_ = layouts[one.model][one.layer]
     except KeyError:
-        raise ValueError(
-            f"{where} is of layer {shorter(one.layer)} of {shorter(one.model)}, which is not there"
-        ) from None
+        raise ValueError(f"{where}: {shorter(one.model)} has no layer {shorter(one.layer)}") from None
     shape = [len(formats[one.model])] * g
     if [[*map(len, heads)] for heads in one.effects] != [shape, shape]:
         raise ValueError(f"{where} is not of 2 parts, {g} heads and {shape[0]} formats")
