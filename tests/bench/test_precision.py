@@ -223,7 +223,7 @@ def test_a_file_of_other_models_is_refused(straight):
 
 BAD = {
     "the same was measured twice": lambda d: d["points"].append(d["points"][0]),
-    "which is not there": lambda d: d["effects"][0].update(layer="layers.9"),
+    "has no layer": lambda d: d["effects"][0].update(layer="layers.9"),
     "2 parts, 4 heads and 8 formats": lambda d: d["effects"][0]["effects"][0].pop(),
     "below 0": lambda d: d["effects"][0]["effects"][0][0].__setitem__(0, -1.0),
     "2 scores, another 3": lambda d: d["points"][5]["scores"].pop(),
