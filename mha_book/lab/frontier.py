@@ -8,7 +8,7 @@ __all__ = ['WIDTHS', 'TRAITS', 'Storage', 'kv_layouts', 'RotatedHeads', 'TokenSc
 
 # %% ../../nbs/18e_frontier.ipynb #imports
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ..heads.single_head import check_count
 from ..heads.weight_split import HeadLayout
 from ..kernels.backends import attention_logits
 from ..plugs.quantize import HeadPrecision, check_format, key_bits, round_values, runs, value_bits
-from ..variants.mixed_precision import MixedPrecision, fill_socket, hadamard
+from ..variants.mixed_precision import MixedPrecision, hadamard, plugged
 
 # %% ../../nbs/18e_frontier.ipynb #storage
 @dataclass(frozen=True)
@@ -107,19 +107,13 @@ def stored_as(
     """
     if unknown := set(storage.precisions) - set(kv_layouts(model)):
         raise ValueError(f"{type(model).__name__} has no attention layer {min(unknown)!r}")
-    kind = TokenScales if storage.token_keys else MixedPrecision
-    with ExitStack() as stack:
-        for name, precision in storage.precisions.items():
-            layer = model.get_submodule(name)
-            plug = kind(precision, layer.attend)
-            _plug(stack, layer, RotatedHeads(plug) if storage.rotated else plug)
+    kind, plugs = TokenScales if storage.token_keys else MixedPrecision, {}
+    for name, precision in storage.precisions.items():
+        layer = model.get_submodule(name)
+        plug = kind(precision, layer.attend)
+        plugs[layer] = dict(attend=RotatedHeads(plug) if storage.rotated else plug)
+    with plugged(plugs):
         yield
-
-
-def _plug(stack: ExitStack, layer: MultiHeadAttention, plug: Callable) -> None:
-    "Fill a socket until the stack is closed."
-    stack.callback(fill_socket, layer, "attend", layer.attend)
-    fill_socket(layer, "attend", plug)
 
 # %% ../../nbs/18e_frontier.ipynb #fit
 WIDTHS = range(2, 9)    # bits of the integers that a rule may choose
