@@ -248,12 +248,9 @@ def head_traits(
     entropy of order 2 in nats, -log Σ w², and the weight on the first token, averaged over
     queries. Of the query heads that share keys: the largest, the mean, the mean.
     """
-    watched = {}
-    with ExitStack() as stack:
-        for name in kv_layouts(model):
-            layer = model.get_submodule(name)
-            watched[name] = _Watched(layer.attend)
-            _plug(stack, layer, watched[name])
+    layers = {name: model.get_submodule(name) for name in kv_layouts(model)}
+    watched = {name: _Watched(layer.attend) for name, layer in layers.items()}
+    with plugged({layer: dict(attend=watched[name]) for name, layer in layers.items()}):
         for batch in batches:
             model(*batch)
     seen = {name: torch.stack(plug.seen) for name, plug in watched.items()}
