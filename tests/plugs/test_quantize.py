@@ -337,7 +337,7 @@ def test_gradients_pass_straight_through_and_the_value_is_the_rounded_one(form, 
         assert torch.equal(x.grad, weight)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning", "ignore:.torch.jit.:FutureWarning")
 @pytest.mark.parametrize("form", ["int4", "float8_e4m3fn"])
 def test_forward_derivatives_and_those_of_infinities(form):
     x, tangent = heads(), heads()
