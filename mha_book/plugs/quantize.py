@@ -100,7 +100,7 @@ def _check_group(x: Tensor, dim: int, real: Tensor | None) -> None:
 
 
 def quantize(
-    x: Float[Tensor, "..."],                    # numbers in groups along `dim`
+    x: Float[Tensor, "..."],                  # numbers in groups along `dim`
     bits: int,                                # 1 to 8
     dim: int,                                 # numbers along this axis share a scale
     real: Bool[Tensor, "..."] | None = None,  # broadcasts to x; what is not real has no say
@@ -299,7 +299,7 @@ class HeadPrecision:
     ) -> "HeadPrecision":
         "The formats of the same heads in another order."
         if sorted(order) != [*range(len(self.keys))]:
-            raise ValueError(f"order {order} is none of {len(self.keys)} heads")
+            raise ValueError(f"order {order} is no order of {len(self.keys)} heads")
         keys, values = (tuple(formats[i] for i in order) for formats in (self.keys, self.values))
         return HeadPrecision(keys, values, self.group, self.exact_first)
 
@@ -321,9 +321,7 @@ def key_bits(
     group: int,                  # tokens of a block
 ) -> float:        # bits a number, scales and zero points counted
     "A channel of a block has a scale and a zero point of 16 bits each."
-    form = check_format("form", form)
-    check_count("group", group)
-    return form.bits + 32 / group * (form.dtype is None)
+    return _bits_shared(form, "group", group)
 
 
 def value_bits(
@@ -331,9 +329,14 @@ def value_bits(
     value_dim: int,              # width of a value
 ) -> float:            # bits a number, scales and zero points counted
     "A token has a scale and a zero point of 16 bits each."
+    return _bits_shared(form, "value_dim", value_dim)
+
+
+def _bits_shared(form: str | torch.dtype, name: str, count: int) -> float:
+    "Bits of a number whose scale and zero point so many share."
     form = check_format("form", form)
-    check_count("value_dim", value_dim)
-    return form.bits + 32 / value_dim * (form.dtype is None)
+    check_count(name, count)
+    return form.bits + 32 / count * (form.dtype is None)
 
 
 def runs(

@@ -15,14 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..heads.single_head import check_device, is_whole
-from mha_book.plugs.cache import (
-    Call,
-    KVCache,
-    _check_sizes,
-    check_pending,
-    check_return,
-    cropped_length,
-)
+from .cache import Call, KVCache, _check_sizes, check_pending, check_return, cropped_length
 from mha_book.plugs.quantize import (
     Codes,
     HeadPrecision,
@@ -404,10 +397,15 @@ def promised_bytes(
 ) -> int:
     """What `QuantizedKVCache.nbytes` is for one row: of each head the first tokens and the
     tail in `dtype`, the blocks in codes, and 4 bytes for each scale with its zero point.
+    Raises TypeError or ValueError for what is no count, no float's dtype or no policy.
     """
     if not is_whole(tokens) or tokens < 0:
         raise ValueError(f"tokens {tokens!r} must be an int, 0 or more")
-    plan = Plan(precision, head_dim, value_dim or head_dim, window, keep_first)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be one of torch's floats, got {dtype!r}")
+    value_dim = head_dim if value_dim is None else value_dim
+    _check_sizes(1, 1, 2**62, head_dim, value_dim, window, keep_first)    # of any length
+    plan = Plan(precision, head_dim, value_dim, window, keep_first)
     first = min(tokens, plan.first)
     behind, total = tokens - first - plan.gone(tokens), 0
     for width, layouts in zip((head_dim, plan.value_dim), plan.layouts):

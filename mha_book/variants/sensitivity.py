@@ -179,7 +179,7 @@ def head_sensitivity(
     exact = dict(dtype=torch.float64, device="cpu")
     effects = {name: torch.zeros(2, layer.layout.num_kv_heads, len(forms), **exact)
                for name, layer in attentions.items()}
-    jobs = [(name, *place) for name, found in effects.items() 
+    jobs = [(name, *place) for name, found in effects.items()
             for place in product(*map(range, found.shape))]
     for done, (name, part, head, i) in enumerate(jobs, 1):
         layer, form = attentions[name], forms[i]
