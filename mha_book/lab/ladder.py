@@ -132,7 +132,8 @@ def attention_work(
     the heads that a token takes; keys and values are made of all, for other tokens may ask; the
     router counts.
 
-    Raises TypeError or ValueError for lengths that are none, and for a model without attention.
+    Raises TypeError or ValueError for lengths that are none, for a model without attention, and for
+    layers that are no self-attention.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MultiHeadAttention)]
     if not layers:
@@ -147,6 +148,9 @@ def attention_work(
 def _layer_flops(layer: MultiHeadAttention, n: int, is_causal: bool) -> int:
     "Of one text; of the heads that its tokens take, where they take some."
     (h, _, d), e = layer.layout, layer.in_proj.in_features
+    if layer.context_proj is not None or layer.out_proj.out_features != e:
+        raise ValueError(f"a layer of width {e} that reads a context, or gives another width: its work is "
+                         f"not that of self-attention")
     work = layer_work(layer.layout, e, batch=1, n=n, itemsize=4, is_causal=is_causal)
     flops = {step: one.flops for step, one in work.items()}
     if not isinstance(layer.finish, MixtureOfHeads):
