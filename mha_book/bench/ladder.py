@@ -180,7 +180,7 @@ def run_ladder(
     tell: Callable[[int, int], object],  # told (how much is done, of how much)
     keep: Callable[[dict[str, Any]], object] = lambda found: None,  # gets what is there after each step
 ) -> tuple[dict[str, Any], BaseException | None]:  # a `Ladder` without its command; what stopped it
-    "Measure what heads are worth, climb each rung, and time them. Ctrl-C or a failure ends it, and what is done is kept."
+    "Measure what heads are worth, climb each rung, time them. Ctrl-C or a failure ends it, and what is done is kept."
     device, begin, stop = subjects[0].device, time.process_time(), None
     found = provenance(device) | _begun(subjects, sizes, seed, before)
     spent = found["seconds"]

@@ -5,14 +5,15 @@ from functools import partial
 from typing import Any
 
 from .ladder_times import encoder_times, language_times
-from .rungs import NEW, RATE, EncoderRungs, gated, mixed, narrow, pruned, smaller
+from .rungs import NEW, RATE, EncoderRungs, gated, load_encoder_rungs, mixed, narrow, pruned, smaller
 from .rungs_by_input import LENGTHS, by_input
-from .rungs_language import LanguageRungs
+from .rungs_language import LanguageRungs, load_language_rungs
 
 Climb = Callable[[str], list[dict]]  # the rung's name -> it, and others that come with it
 SHARES = 0.1, 0.2, 0.3, 0.4, 0.5  # of the encoder's heads that are off
 FEWER = 0.05, 0.1, 0.2, 0.3  # of the language model's
 SEEDS = range(3)
+LADDERS = {"encoder": load_encoder_rungs, "language": load_language_rungs}
 
 
 def encoder_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
@@ -22,7 +23,7 @@ def encoder_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
         return found["importance"]["encoder"]
 
     tuned: dict[str, Climb] = {
-        "all heads": lambda name: [on.rung(name, on.exact, on.model, [[[*range(h)] for h in on.shape]])],
+        "all heads": lambda name: [on.rung(name, on.exact, on.model, [on.all_heads])],
         "pruned by importance": lambda name: pruned(on, name, on.best(worth(), on.kept)),
         "pruned at random 0": lambda name: pruned(on, name, on.drawn(on.kept, 0)),
         "pruned by learned gates": lambda name: gated(on, name),
@@ -31,12 +32,18 @@ def encoder_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
         "fewer heads from the start": lambda name: smaller(on, name, NEW * RATE),
         "sets by length": lambda name: by_input(on, name, found["importance"]),
         "as many in each layer": lambda name: pruned(on, name, on.alike(worth(), on.same)),
-        "mixture, random router": lambda name: mixed(on, name, worth(), True),
-        "pruned at random 1": lambda name: pruned(on, name, on.drawn(on.kept, 1)),
-        "fewer heads from the start, slower": lambda name: smaller(on, name, RATE),
         "pruned by importance to half": lambda name: pruned(on, name, on.best(worth(), sum(on.shape) // 2)),
     }
     return tuned | encoder_untuned(on, worth)
+
+
+def late_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
+    "The encoder's, that come after the times."
+    return {
+        "mixture, random router": lambda name: mixed(on, name, found["importance"]["encoder"], True),
+        "pruned at random 1": lambda name: pruned(on, name, on.drawn(on.kept, 1)),
+        "fewer heads from the start, slower": lambda name: smaller(on, name, RATE),
+    }
 
 
 def encoder_untuned(on: EncoderRungs, worth: Callable[[], list[list[float]]]) -> dict[str, Climb]:
@@ -53,7 +60,9 @@ def encoder_untuned(on: EncoderRungs, worth: Callable[[], list[list[float]]]) ->
     for share in (0.3, 0.5):
         off = round(share * total)
         for seed in SEEDS:
-            plan[f"{off} random {seed} off"] = lambda name, k=total - off, seed=seed: on.untuned(name, on.drawn(k, seed))
+            plan[f"{off} random {seed} off"] = lambda name, k=total - off, seed=seed: on.untuned(
+                name, on.drawn(k, seed)
+            )
     off = total - on.same * len(on.shape)
     return plan | {f"{off} off, as many in each layer": lambda name: on.untuned(name, on.alike(worth(), on.same))}
 
@@ -64,19 +73,18 @@ def language_rungs(on: LanguageRungs, found: dict[str, Any]) -> dict[str, Climb]
     def worth() -> list[list[float]]:
         return found["importance"]["language"]
 
-    total, plan = sum(on.shape), {"all heads": lambda name: on.pruned(name, on.best(worth(), 0))}
-    for share in FEWER:
-        off = round(share * total)
-        plan[f"{off} least important off"] = lambda name, off=off: on.off(name, on.best(worth(), off))
-    for share in FEWER[1:]:
-        off = round(share * total)
+    total, plan = sum(on.shape), {"all heads": lambda name: on.pruned(name, on.all_heads)}
+    offs = [round(share * total) for share in FEWER]
+    for off in offs:
+        plan[f"{off} least important off"] = lambda name, off=off: on.off(name, on.best(worth(), total - off, 0))
+    for off in offs[1:]:
         plan[f"{off} off in whole groups"] = lambda name, off=off: on.pruned(name, on.groups(worth(), off))
-    for share in FEWER:
-        off = round(share * total)
-        plan[f"{off} least important at their means"] = lambda name, off=off: on.off(name, on.best(worth(), off), True)
+    for off in offs:
+        plan[f"{off} least important at their means"] = lambda name, off=off: on.off(
+            name, on.best(worth(), total - off, 0), filled=True
+        )
     for seed in SEEDS:
-        off = round(FEWER[1] * total)
-        plan[f"{off} random {seed} off"] = lambda name, seed=seed, off=off: on.off(name, on.drawn(off, seed))
+        plan[f"{offs[1]} random {seed} off"] = lambda name, seed=seed: on.off(name, on.drawn(total - offs[1], seed, 0))
     return plan
 
 
@@ -84,23 +92,27 @@ def language_rungs(on: LanguageRungs, found: dict[str, Any]) -> dict[str, Climb]
 
 
 def planned(subjects: list, found: dict[str, Any]) -> list[Callable[[], None]]:
-    "The steps that a file lacks: of each model what heads are worth, and its rungs; at last times."
-    steps, climbed = [], {(one["model"], one["name"]) for one in found["rungs"]}
-    timed = {(one["suite"], one["mode"], *one["size"]) for one in found["tables"]}
+    "The steps that a file lacks: of each model what heads are worth, and its rungs; then times, and late rungs."
+    steps = []
     for on in subjects:
         for name, weigh in weighed(on).items():
             if name not in found["importance"]:
                 steps.append(partial(_weigh, found, name, weigh))
-        rungs = encoder_rungs if on.name == "encoder" else language_rungs
-        for name, climb in rungs(on, found).items():
-            if (on.name, name) not in climbed:
-                steps.append(partial(_climb, found, name, climb))
+        steps += _to_climb(on, found, (encoder_rungs if on.name == "encoder" else language_rungs)(on, found))
+    timed = {(one["suite"], one["mode"], *one["size"]) for one in found["tables"]}
     for on in subjects:
         times = encoder_times if on.name == "encoder" else language_times
         for place, measure in times(on, found).items():
             if place not in timed:
                 steps.append(partial(_time, found, place, measure))
+    for on in subjects:
+        steps += _to_climb(on, found, late_rungs(on, found)) if on.name == "encoder" else []
     return steps
+
+
+def _to_climb(on: EncoderRungs | LanguageRungs, found: dict[str, Any], rungs: dict[str, Climb]) -> list:
+    climbed = {one["name"] for one in found["rungs"] if one["model"] == on.name}
+    return [partial(_climb, found, name, climb) for name, climb in rungs.items() if name not in climbed]
 
 
 def weighed(on: EncoderRungs | LanguageRungs) -> dict[str, Callable[[], list[list[float]]]]:

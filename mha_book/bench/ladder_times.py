@@ -64,7 +64,9 @@ def remade(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Encoder]:
 def for_tokens(models: dict[str, Encoder], tokens: int) -> dict[str, Encoder]:
     "Of the sets the one for this length: all inputs of the batch have it."
     mine = f"sets by length, set {set_by_length(tokens)}"
-    return {name.partition(", set ")[0]: model for name, model in models.items() if ", set " not in name or name == mine}
+    return {
+        name.partition(", set ")[0]: model for name, model in models.items() if ", set " not in name or name == mine
+    }
 
 
 def rows(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> list[dict]:
@@ -140,7 +142,7 @@ def on_mixed_set(on: EncoderRungs, found: dict[str, Any]) -> list[dict]:
 
 
 def grouped_call(on: EncoderRungs, levels: list, batches: list, given: list, controlled: bool = False) -> Callable:
-    "One call for each set that a batch has, padding trimmed; a controller's work is done, and its choice is the file's."
+    "One call for each set that a batch has, padding trimmed; a controller works, and its choice is the file's."
     control = HeadBudget(on.model.config.embed_dim + 1, len(levels), device=on.device)
     model = AdaptiveHeads(on.model, levels, control, features, outputs=trimmed)
 

@@ -13,10 +13,10 @@ from ..heads.layer import MultiHeadAttention
 from ..lab.ladder import attention_work, fewer_heads, narrow_heads
 from ..models.encoder import Encoder, encode, load_minilm
 from ..variants.head_gates import HeadGates
-from ..variants.head_importance import head_importance, head_means, least_heads
+from ..variants.head_importance import head_importance, head_means
 from ..variants.mixed_precision import permute_heads, plugged
 from ..variants.mixture_of_heads import MixtureOfHeads, balance_loss, recorded_routes
-from ..variants.prune_heads import prune_model
+from .climber import Climber, Heads, short
 from .similar_lines import (
     calibration_texts,
     embed_texts,
@@ -27,39 +27,26 @@ from .similar_lines import (
     training_batches,
 )
 
-Heads = list[list[int]]  # by layer
 OFF = 0.3  # share of the heads that a tuned model lacks
 RATE = 2e-4  # of the tuning
 NEW = 2.5  # times as much where layers begin new
 ROUTER = 10  # and for routers
 
 
-def short(numbers: Any) -> Any:
-    "Numbers in lists, to six digits."
-    return [short(one) for one in numbers] if isinstance(numbers, list) else float(f"{numbers:.6g}")
-
-
 # The model and its texts
 
 
-class EncoderRungs:
+class EncoderRungs(Climber):
     "An encoder in eval mode, which all smaller ones are compared with, and the texts of the comparison."
 
     name = "encoder"
 
     def __init__(self, model: Encoder, tokenizer, sizes: dict[str, int], seed: int):
-        self.model, self.tokenizer, self.sizes, self.seed = model.requires_grad_(False), tokenizer, sizes, seed
+        super().__init__(model, sizes, seed)
+        self.tokenizer = tokenizer
         scored = scored_texts(sizes["lines"])
         self.texts, self.kinds = [one.text for one in scored], [one.kind for one in scored]
         self.lengths = self.count(self.texts)
-        self.names = [f"layers.{i}.attention" for i in range(len(model.layers))]
-        self.layers = [model.get_submodule(name) for name in self.names]
-        self.shape = [layer.layout.num_heads for layer in self.layers]
-        self.device = model.word.weight.device
-
-    @property
-    def layouts(self) -> list[list[int]]:
-        return [[*layer.layout, layer.layout.value_dim] for layer in self.layers]
 
     @property
     def kept(self) -> int:
@@ -74,9 +61,6 @@ class EncoderRungs:
     def count(self, texts: list[str]) -> list[int]:
         "Tokens of each text."
         return encode(self.tokenizer, texts)[1].sum(1).tolist()
-
-    def named(self, rows: list) -> dict[str, Any]:
-        return dict(zip(self.names, rows, strict=True))
 
     def vectors(self, model: Encoder) -> Tensor:
         "Of the scored texts."
@@ -113,33 +97,7 @@ class EncoderRungs:
     def means(self) -> dict[str, Tensor]:
         return head_means(self.model, self.calibration())
 
-    # Which heads stay
-
-    def best(self, importance: list[list[float]], number: int) -> Heads:
-        "The most important ones of all layers, and at least one of each."
-        scores = self.named([torch.tensor(row, device="cpu") for row in importance])
-        gone = least_heads(scores, sum(self.shape) - number)
-        return [
-            [i for i in range(h) if i not in gone.get(name, ())] for name, h in zip(self.names, self.shape, strict=True)
-        ]
-
-    def drawn(self, number: int, seed: int) -> Heads:
-        "So many at random, and at least one of each layer."
-        generator = torch.Generator("cpu").manual_seed(self.seed + seed)
-        return self.best([torch.rand(h, generator=generator, device="cpu").tolist() for h in self.shape], number)
-
-    def alike(self, importance: list[list[float]], number: int) -> Heads:
-        "The most important ones of each layer, as many of each."
-        return [sorted(sorted(range(len(row)), key=lambda i: -row[i])[:number]) for row in importance]
-
-    def gone(self, kept: Heads) -> dict[str, list[int]]:
-        return self.named([[i for i in range(h) if i not in row] for h, row in zip(self.shape, kept, strict=True)])
-
     # Making
-
-    def cut(self, kept: Heads, means: dict[str, Tensor] | None = None) -> Encoder:
-        "A copy that has these heads."
-        return prune_model(self.model, self.gone(kept), means=means)
 
     def with_layers(self, change: Callable[[int, MultiHeadAttention], nn.Module]) -> Encoder:
         "A copy with other attention layers."
@@ -287,7 +245,7 @@ def mixed(on: EncoderRungs, name: str, importance: list[list[float]], frozen: bo
     model = make_mixture(on, importance, frozen)
     active = float(sum(layer.attention.finish.num_active for layer in model.layers))
     step = None if frozen else balanced(model)
-    return on.tuned(name, model, [[*range(h)] for h in on.shape], active=active, step=step)
+    return on.tuned(name, model, on.all_heads, active=active, step=step)
 
 
 # All of them
@@ -301,7 +259,7 @@ def gated(on: EncoderRungs, name: str) -> list[dict]:
 
 def narrow(on: EncoderRungs, name: str) -> list[dict]:
     model = on.with_layers(lambda i, layer: narrow_heads(layer, round((1 - OFF) * layer.layout.head_dim)))
-    return on.tuned(name, model, [[*range(h)] for h in on.shape])
+    return on.tuned(name, model, on.all_heads)
 
 
 def smaller(on: EncoderRungs, name: str, rate: float) -> list[dict]:

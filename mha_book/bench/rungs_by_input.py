@@ -13,13 +13,14 @@ from ..models.encoder import Encoder, mean_pool
 from ..variants.head_budget import HeadBudget, budget_loss
 from ..variants.head_importance import without_heads
 from ..variants.prune_heads import prune_model
-from .rungs import RATE, EncoderRungs, Heads, distance, short
+from .climber import Heads, short
+from .rungs import RATE, EncoderRungs, distance
 from .similar_lines import embed_texts, pooled, squared_distances, training_batches
 
 LENGTHS = {"short": range(0, 9), "middle": range(9, 33), "long": range(33, 10**6)}  # of a text, in tokens
 ALL = len(LENGTHS)  # the last set has all heads
 EVERY = 4  # one step of so many trains with all heads
-PRICES = 0.05, 0.1, 0.2  # of all heads of the model, in squared distances
+PRICES = 0.07, 0.1, 0.15  # of all heads of the model, in squared distances
 CONTROL = dict(rate=3e-3, steps=300, decay=0.1)  # of the controllers
 
 
@@ -31,7 +32,7 @@ def set_by_length(tokens: int) -> int:
 def sets_by_length(on: EncoderRungs, importance: dict[str, list[list[float]]]) -> list[Heads]:
     "The most important heads for texts of each length, as many for each, and at last all."
     sets = [on.best(importance[f"{on.name}, {name}"], on.kept) for name in LENGTHS]
-    return [*sets, [[*range(h)] for h in on.shape]]
+    return [*sets, on.all_heads]
 
 
 def features(model: Encoder, ids: Tensor, key_mask: Tensor) -> Tensor:  # b (e + 1)
