@@ -205,20 +205,20 @@ def ablation_effects(
 
 # %% ../../nbs/19a_head_importance.ipynb #importance
 class _Marked:
-    "A plug for `finish` that multiplies heads by ones, and keeps these: one set for each sequence of each call."
+    "A plug for `finish` that scales heads by ones, and keeps these: one set for each sequence of each call."
 
-    def __init__(self, finish: Finish | None, num_heads: int):
-        self.finish, self.num_heads, self.ones = finish, num_heads, []
+    def __init__(self, finish: Finish | None, num_heads: int, fill: Tensor | None):
+        self.finish, self.num_heads, self.fill, self.ones = finish, num_heads, fill, []
 
     def __call__(self, heads: Tensor, x: Tensor) -> Tensor:
         ones = heads.new_ones(len(heads), 1, self.num_heads).requires_grad_()
         self.ones.append(ones)
-        return ScaledHeads(ones, self.finish)(heads, x)
+        return ScaledHeads(ones, self.finish, self.fill)(heads, x)
 
 
-def _marked_result(meter: Meter, batch: tuple, layers: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    "What a batch gives, and the ones that it was multiplied by. ValueError where no gradient leads back."
-    marks = {name: _Marked(layer.finish, layer.layout.num_heads) for name, layer in layers.items()}
+def _marked_result(meter: Meter, batch: tuple, layers: dict, fills: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    "What a batch gives, and the ones that heads were scaled by. ValueError where no gradient leads back."
+    marks = {name: _Marked(layer.finish, layer.layout.num_heads, fills[name]) for name, layer in layers.items()}
     with plugged({layer: dict(finish=marks[name]) for name, layer in layers.items()}):
         y = meter.result(batch)
     ones = {name: mark.ones for name, mark in marks.items() if mark.ones}
@@ -249,6 +249,7 @@ def head_importance(
     *,
     outputs: Callable | None = None,    # (module, *batch) -> what is compared, a row for each sequence; its output
     loss: Callable | None = None,       # (module, *batch) -> a number, instead
+    means: dict[str, Float[Tensor, "h dv"]] | None = None,   # where ξ leads to, at 0; unless told 0
     probes: int = 8,                    # random directions of the output; none is drawn for a loss
     seed: int = 0,                      # of these
 ) -> dict[str, Float[Tensor, "h"]]:     # of each layer, on the CPU, float64
@@ -263,13 +264,14 @@ def head_importance(
     """
     check_count("probes", probes)
     layers, meter = _attentions(model, None), Meter(model, batches, outputs, loss)
+    fills = {name: _fill_of(name, layer, means) for name, layer in layers.items()}
     with torch.no_grad():
         meter.start()
     found = {name: torch.zeros(layer.layout.num_heads, dtype=torch.float64, device="cpu")
              for name, layer in layers.items()}
     generator = torch.Generator("cpu").manual_seed(seed)
     for batch in meter.batches:
-        y, ones = _marked_result(meter, batch, layers)
+        y, ones = _marked_result(meter, batch, layers, fills)
         for left in range(probes if loss is None else 1, 0, -1):
             along = None if loss is not None else _signs(y, generator)
             for name, slope in _slopes(y, ones, along, left == 1).items():
