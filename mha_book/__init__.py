@@ -56,6 +56,15 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from mha_book.variants.head_importance import (
+    ScaledHeads,
+    ablation_effects,
+    head_importance,
+    head_means,
+    least_heads,
+    scaled_heads,
+    without_heads,
+)
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -110,6 +119,9 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # What a head is worth
+    "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
+    "head_importance", "least_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -705,6 +705,19 @@ def sensitive(device):
     return layer, layer(x)
 
 
+def ranked(device):
+    "What heads are worth is kept on the CPU; means stay where the layer is."
+    layer, x = layer_of(device), tokens(device)
+    means = mha_book.head_means(layer, [(x,)])
+    worth = mha_book.head_importance(layer, [(x,)], means=means) | mha_book.ablation_effects(layer, [(x,)])
+    assert worth[""].device.type == "cpu"
+    with mha_book.without_heads(layer, mha_book.least_heads(worth, 1), means):
+        y = layer(x)
+    with mha_book.scaled_heads(layer, {"": torch.ones(layer.layout.num_heads, device=device)}, means):
+        plug = layer.finish
+        return layer, y, layer(x), means, plug.scale
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "error_report": judged,
@@ -733,6 +746,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+    "ScaledHeads, scaled_heads, without_heads, head_means, ablation_effects, head_importance, least_heads": ranked,
     "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
 }
 WITHOUT_TENSORS = {

@@ -135,3 +135,11 @@ measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4
 precisions = mha_book.allocate_precision(measured, 12.0)
 sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
 together: float = mha_book.joint_effect(layer, [(x,)], precisions)
+
+# what a head is worth
+worth: dict[str, Tensor] = mha_book.head_importance(layer, [(x,)])
+worth = mha_book.ablation_effects(layer, [(x,)], means=mha_book.head_means(layer, [(x,)]))
+gone: dict[str, tuple[int, ...]] = mha_book.least_heads(worth, 1)
+scaling: Finish = mha_book.ScaledHeads(torch.ones(4))
+with mha_book.without_heads(layer, gone), mha_book.scaled_heads(layer, {"": torch.ones(4)}):
+    y = layer(x)
