@@ -76,6 +76,7 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -119,6 +120,8 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # Fewer heads
+    "prune_heads", "prune_model", "match_heads",
     # What a head is worth
     "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
     "head_importance", "least_heads",
