@@ -67,6 +67,7 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -90,6 +91,7 @@ __all__ = [
     "RotatedPosition", "hadamard",
     # Into `finish`
     "Finish", "OutputGate",
+    "MixtureOfHeads",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -110,6 +112,8 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # Fewer heads
+    "Routes", "balance_loss", "recorded_routes", "skip_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -20,6 +20,7 @@ from mha_book import (
     KVCache,
     LearnedPositions,
     MixedPrecision,
+    MixtureOfHeads,
     MultiHeadAttention,
     OutputGate,
     PagedCache,
@@ -52,6 +53,7 @@ tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
+finishes.append(MixtureOfHeads(64, 4, 3, num_shared=1, finish=OutputGate(64, 4)))
 pool = BlockPool(8, 4, 4, 16)
 rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
 quantized = QuantizedKVCache(2, rounded, 32, 16)
@@ -135,3 +137,11 @@ measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4
 precisions = mha_book.allocate_precision(measured, 12.0)
 sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
 together: float = mha_book.joint_effect(layer, [(x,)], precisions)
+
+# fewer heads: a few for each token
+routes: mha_book.Routes = MixtureOfHeads(64, 4, 2).route(x)
+balance: Tensor = mha_book.balance_loss(routes, torch.ones(2, 8, dtype=torch.bool))
+with mha_book.recorded_routes(layer) as recorded:
+    y = layer(x)
+per_plug: dict[str, list[mha_book.Routes]] = recorded
+skipped: Tensor = mha_book.skip_heads(layer, x, is_causal=True)
