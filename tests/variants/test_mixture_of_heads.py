@@ -141,6 +141,9 @@ def test_equal_logits_are_taken_from_the_left():
         nn.init.zeros_(p)
     weights, chosen, _ = plug.route(tokens())
     assert (chosen == torch.tensor([True] * 4 + [False] * (s.h - 4))).all() and (weights[chosen] == 1).all()
+    many = MixtureOfHeads(s.e, 300, 100)  # so many that a sort may shuffle equals
+    nn.init.zeros_(many.router.weight)
+    assert many.route(tokens().float()).chosen[..., :100].all()
 
 
 # --- neither influence nor gradient ---
