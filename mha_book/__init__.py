@@ -68,6 +68,7 @@ from mha_book.variants.mixed_precision import (
     use_precision,
 )
 from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
+from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -113,6 +114,7 @@ __all__ = [
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
     # Fewer heads
+    "prune_heads", "prune_model", "match_heads",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",

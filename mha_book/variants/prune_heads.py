@@ -7,54 +7,224 @@ __all__ = ['prune_heads', 'prune_model', 'match_heads']
 
 # %% ../../nbs/19b_prune_heads.ipynb #imports
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import check_answers, check_layer, with_heads
+from mha_book.heads.head_counts import (
+    check_answers,
+    check_layer,
+    separate_projections,
+    stack_projections,
+    with_heads,
+)
 from ..heads.layer import MultiHeadAttention
-from ..heads.weight_split import HeadLayout
+from ..heads.single_head import check_floats, float32_at_least, is_whole
+from ..heads.weight_split import HeadLayout, SeparateProjections
 
 # %% ../../nbs/19b_prune_heads.ipynb #prune
 def prune_heads(
     layer: MultiHeadAttention,     # left as it is
     heads: Iterable[int],          # query heads that go
     *,
-    means: Float[Tensor, "h dv"] | None = None,    # each leaves its mean output behind, in out_proj's bias
+    # what heads give on average: those that go leave it behind, in the bias of out_proj
+    means: Float[Tensor, "h dv"] | None = None,
 ) -> MultiHeadAttention:           # a smaller layer
-    """A copy without these heads, whose outputs are those of the layer with these heads at 0."""
-    h, g, d = layer.layout
-    gone = set(heads)
-    kept = [i for i in range(h) if i not in gone]
-    groups = [[i for i in kept if i // (h // g) == j] for j in range(g)]
-    sizes = {len(group) for group in groups if group}
-    if len(sizes) != 1:
-        raise ValueError("groups would be of different sizes")
-    kv = [j for j in range(g) if groups[j]]
-    layout = HeadLayout(len(kept), len(kv), d, layer.layout.value_dim)
+    """A copy without these heads: their rows leave `in_proj`, their columns `out_proj`. Its outputs, and
+    the gradients of what stays, are those of the layer with these heads at 0, or at their means.
+
+    A key-value head goes with the last of its query heads; the groups that stay are of one size.
+    Its parameters are new ones, so an optimizer is made anew.
+    Raises TypeError or ValueError for heads that are no list of heads, groups of different sizes,
+    projections that are no plain matrices, plugs that count heads, and means that have no bias to
+    go into; IndexError for heads that are not there.
+    Source: Michel et al. 2019, arXiv 1905.10650; Voita et al. 2019, arXiv 1905.09418.
+    """
+    check_layer(layer)
+    gone = _checked_heads(layer.layout, heads)
+    kept, kv = _that_stay(layer.layout, gone)
+    if means is not None:
+        _check_means(layer, means)
+    layout = HeadLayout(len(kept), len(kv), layer.layout.head_dim, layer.layout.value_dim)
     index = dict(q=kept, o=kept, k=kv, v=kv)
-    return with_heads(layer, layout, lambda part, rows: rows[index[part]])
+    new = _changed(layer, layout, lambda part, rows: rows.index_select(0, _index(index[part], rows)))
+    check_answers(new, _changed(layer, layer.layout, lambda part, rows: (
+        rows.index_fill(0, _index(gone, rows), 0) if part == "o" else rows)))
+    if means is not None:
+        _leave_behind(layer, new, gone, means)
+    return new
 
 
+def _index(heads: list[int], rows: Tensor) -> Tensor:
+    "These heads as numbers beside the rows."
+    return torch.tensor(heads, dtype=torch.int64, device=rows.device)
+
+
+def _changed(layer: MultiHeadAttention, layout: HeadLayout, change: Callable) -> MultiHeadAttention:
+    "`with_heads`, also where the parts stand apart, which then stand apart again."
+    apart = [isinstance(getattr(layer, name), SeparateProjections) for name in layer.parts()]
+    if not any(apart):
+        return with_heads(layer, layout, change)
+    return separate_projections(with_heads(stack_projections(layer), layout, change))
+
+
+def _checked_heads(layout: HeadLayout, heads: Iterable[int]) -> list[int]:
+    "The heads that go, in order; TypeError, IndexError or ValueError for what is no list of them."
+    h = layout.num_heads
+    if isinstance(heads, (str, Tensor)) or not isinstance(heads, Iterable):
+        raise TypeError(f"heads must be a list of ints, got {type(heads).__name__}"
+                        f"{': heads.tolist() makes one of it' if isinstance(heads, Tensor) else ''}")
+    gone = list(heads)
+    for head in gone:
+        if not is_whole(head):
+            raise TypeError(f"heads must be ints, got {head!r}")
+        if not 0 <= head < h:
+            raise IndexError(f"the layer has {h} heads, 0 to {h - 1}; got head {head}")
+    if twice := sorted({head for head in gone if gone.count(head) > 1}):
+        raise ValueError(f"heads {twice} are named twice: each head goes once")
+    if len(gone) == h:
+        raise ValueError(f"all {h} heads would go, and at least one stays: to be rid of them all, take "
+                         f"the layer out of the model")
+    return sorted(gone)
+
+
+def _that_stay(layout: HeadLayout, gone: list[int]) -> tuple[list[int], list[int]]:
+    "Query heads and key-value heads that stay; ValueError where groups would be of different sizes."
+    h, g, _ = layout
+    groups = [[i for i in range(j * h // g, (j + 1) * h // g) if i not in gone] for j in range(g)]
+    sizes = {len(group) for group in groups if group}
+    if len(sizes) > 1:
+        # of each group the last ones, down to one size; where it has fewer than that, all
+        more = min(([i for group in groups for i in (group[size:] if len(group) >= size else group)]
+                    for size in sizes), key=len)
+        raise ValueError(f"the {g} groups, whose heads share keys, would keep {[*map(len, groups)]} heads, and a "
+                         f"layer has groups of one size: heads {more}, for instance, would have to go too; or "
+                         f"repeat_kv_heads(layer, {h}) first gives each head its own keys")
+    return [i for group in groups for i in group], [j for j in range(g) if groups[j]]
+
+
+def _check_means(layer: MultiHeadAttention, means: Tensor) -> None:
+    "Raise for means that are no tensor `h dv`, or cannot go into the bias of `out_proj`."
+    check_floats("means", means)
+    wanted = layer.layout.num_heads, layer.layout.value_dim
+    if means.shape != wanted:
+        raise ValueError(f"means has shape {tuple(means.shape)}; needed: (heads, width of a value) = {wanted}, "
+                         f"of all heads, those that stay too")
+    if layer.finish is not None:
+        raise ValueError("the layer has a plug in finish, so that a mean of heads is none of what out_proj "
+                         "reads: prune without means")
+    if getattr(layer.out_proj, "bias", 0) is None:
+        raise ValueError("out_proj has no bias that could take the means up: give it one, layer.out_proj.bias "
+                         "= nn.Parameter(torch.zeros(layer.out_proj.out_features)), or prune without means")
+    weight = getattr(layer.out_proj, "weight", means)
+    if means.device != weight.device:
+        raise ValueError(f"device differs: means {means.device}, layer {weight.device}")
+
+
+@torch.no_grad()
+def _leave_behind(layer: MultiHeadAttention, new: MultiHeadAttention, gone: list[int], means: Tensor) -> None:
+    "What `out_proj` makes of the means of heads that are gone joins its new bias."
+    weight, bias = layer.out_proj.weight, new.out_proj.bias
+    wide = float32_at_least(weight.dtype, means.dtype)
+    columns = weight.to(wide).unflatten(1, tuple(means.shape))[:, gone]
+    bias.copy_(bias.to(wide) + torch.einsum("ehd,hd->e", columns, means[gone].to(wide)))
+
+# %% ../../nbs/19b_prune_heads.ipynb #prune-model
 def prune_model(
     model: nn.Module,                       # left as it is
     heads: dict[str, Iterable[int]],        # by the names of `model.named_modules()`
     *,
+    # by the same names, or some of them
     means: dict[str, Float[Tensor, "h dv"]] | None = None,
-) -> nn.Module:
-    "A copy of a model, its layers pruned."
-    new = copy.deepcopy(model)
-    for name, gone in heads.items():
-        mean = (means or {}).get(name)
-        new.set_submodule(name, prune_heads(new.get_submodule(name), gone, means=mean))
-    return new
+) -> nn.Module:                             # a copy
+    """A copy of a model whose layers are pruned, each by `prune_heads`: they may then have
+    different numbers of heads. A layer that stands in several places is pruned in all of them.
+
+    Raises as `prune_heads` does, with the layer's name, before anything is copied; ValueError for
+    names that are no layers of the model, and for weights of a pruned layer that others use too.
+    """
+    if means is not None and not isinstance(means, dict):
+        raise TypeError(f"means must be a dict, names of layers to means, got {type(means).__name__}")
+    means = means or {}
+    if strange := [name for name in means if name not in heads]:
+        raise ValueError(f"means of {strange}, whose heads all stay: heads must name the same layers")
+    layers, new = _named_layers(model, heads), {}
+    for name, layer in layers.items():
+        _check_untied(model, name, layer)
+        try:
+            new[layer] = prune_heads(layer, heads[name], means=means.get(name))
+        except (TypeError, ValueError, IndexError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
+    return copy.deepcopy(model, {id(layer): pruned for layer, pruned in new.items()})
 
 
 def match_heads(
     model: nn.Module,               # as its class makes it
-    state: dict[str, Tensor],       # of a model of other heads
+    state: dict[str, Tensor],       # of such a model with other heads: its `state_dict()`
 ) -> nn.Module:                     # a copy that `load_state_dict` fills
-    "Layers with the head counts that a state dict says."
-    raise NotImplementedError
+    """A copy whose layers have the numbers of heads that a state dict tells, under
+    `<name of the layer>._extra_state`. Layers that change begin anew, as their class begins.
+
+    Raises TypeError or ValueError, with the layer's name, for counts that are absent or impossible,
+    another width of a head, layers that are no plain matrices, and plugs that count heads.
+    """
+    layers, new = {name: layer for name, layer in model.named_modules()
+                   if isinstance(layer, MultiHeadAttention)}, {}
+    for name, layer in layers.items():
+        layout = _told_layout(name, layer, state)
+        if layout == layer.layout:
+            continue
+        _check_untied(model, name, layer)
+        try:
+            new[layer] = _changed(layer, layout, lambda part, rows: rows.new_zeros(
+                layout.count(part), *rows.shape[1:]))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
+        new[layer].reset_parameters()
+    return copy.deepcopy(model, {id(layer): other for layer, other in new.items()})
+
+
+def _named_layers(model: nn.Module, heads: dict) -> dict[str, MultiHeadAttention]:
+    "The layers that are named; TypeError or ValueError for what names none, or one twice."
+    if not isinstance(heads, dict):
+        raise TypeError(f"heads must be a dict, names of layers to their heads that go, got {type(heads).__name__}")
+    there = {name: layer for name, layer in model.named_modules(remove_duplicate=False)
+             if isinstance(layer, MultiHeadAttention)}
+    for name in heads:
+        if name not in there:
+            first = ", ".join(map(repr, [*there][:3])) or "none"
+            raise ValueError(f"the model has no attention layer {name!r}; of its {len(there)} the first are {first}")
+        if same := [other for other in heads if other != name and there.get(other) is there[name]]:
+            raise ValueError(f"{name!r} and {same[0]!r} are one layer: name it once")
+    return {name: there[name] for name in heads}
+
+
+def _check_untied(model: nn.Module, name: str, layer: MultiHeadAttention) -> None:
+    "Raise ValueError where parameters of a layer stand elsewhere in the model as well: a copy would part them."
+    elsewhere = {id(p): f"{place}.{kind}" for place, module in model.named_modules(memo={layer})
+                 for kind, p in module._parameters.items() if p is not None}
+    for own, p in layer.named_parameters():
+        if id(p) in elsewhere:
+            raise ValueError(f"{name + '.' + own!r} is {elsewhere[id(p)]!r} as well, which a smaller layer "
+                             f"could not be: untie them first (a parameter of its own for each)")
+
+
+def _told_layout(name: str, layer: MultiHeadAttention, state: dict[str, Tensor]) -> HeadLayout:
+    "The heads that a state dict tells of one layer; TypeError or ValueError where it does not."
+    key = f"{name}._extra_state".removeprefix(".")
+    if key not in state:
+        told = [other for other in state if other.endswith("_extra_state")]
+        raise ValueError(f"the state dict has no {key!r}, which would tell the heads of this layer; it tells "
+                         f"those of {told[:3] or 'none'}")
+    if not layer.layout.unlike(state[key]):    # which refuses what is no tensor of numbers
+        return layer.layout
+    try:
+        layout = HeadLayout(*state[key].tolist())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key!r} is {state[key].tolist()}, and no counts of heads: {error}") from error
+    if [layout.head_dim, layout.value_dim] != [layer.layout.head_dim, layer.layout.value_dim]:
+        raise ValueError(f"{key!r} has heads of another width: {layer.layout.unlike(state[key])}; make the "
+                         f"model with head_dim={layout.head_dim} (value_dim={layout.value_dim})")
+    return layout
