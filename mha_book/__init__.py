@@ -76,6 +76,7 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
 from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
     Sensitivity,
@@ -100,6 +101,7 @@ __all__ = [
     "RotatedPosition", "hadamard",
     # Into `finish`
     "Finish", "OutputGate",
+    "MixtureOfHeads",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -125,6 +127,7 @@ __all__ = [
     # What a head is worth
     "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
     "head_importance", "least_heads",
+    "Routes", "balance_loss", "recorded_routes", "skip_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

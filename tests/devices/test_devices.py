@@ -467,6 +467,26 @@ def gated(device):
     return layer, layer(tokens(device), is_causal=True)
 
 
+def mixture_of(device, **options):
+    plug = mha_book.MixtureOfHeads(s.e, s.h, 4, num_shared=1, device=device, dtype=torch.float64)
+    return layer_of(device, finish=plug, **options)
+
+
+def routed(device):
+    layer, x, real = mixture_of(device), tokens(device), bits(s.b, s.n, device=device)
+    with mha_book.recorded_routes(layer) as found:
+        y = layer(x, key_mask=real)
+    loss = mha_book.balance_loss(found["finish"][0], real)
+    return layer, found["finish"], torch.autograd.grad(y.sum() + loss, [*layer.parameters()])
+
+
+def skipped(device):
+    layer = mixture_of(device)
+    y = mha_book.skip_heads(layer, tokens(device), key_mask=bits(s.b, s.n, device=device), is_causal=True)
+    turned = mixture_of(device, position=mha_book.RoPE(s.d))
+    return layer, y, mha_book.skip_heads(turned, tokens(device)), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
 def regrouped(device, options):
     layer = layer_of(device, **options(device)[0])
     few, many = mha_book.mean_kv_heads(layer, 1), mha_book.repeat_kv_heads(layer, s.h)
@@ -547,6 +567,7 @@ CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
 }
@@ -743,6 +764,7 @@ def ranked(device):
 
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
+    "skip_heads": skipped,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(

@@ -20,6 +20,7 @@ from mha_book import (
     KVCache,
     LearnedPositions,
     MixedPrecision,
+    MixtureOfHeads,
     MultiHeadAttention,
     OutputGate,
     PagedCache,
@@ -52,6 +53,7 @@ tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
+finishes.append(MixtureOfHeads(64, 4, 3, num_shared=1, finish=OutputGate(64, 4)))
 pool = BlockPool(8, 4, 4, 16)
 rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
 quantized = QuantizedKVCache(2, rounded, 32, 16)
@@ -146,3 +148,10 @@ gone: dict[str, tuple[int, ...]] = mha_book.least_heads(worth, 1)
 scaling: Finish = mha_book.ScaledHeads(torch.ones(4))
 with mha_book.without_heads(layer, gone), mha_book.scaled_heads(layer, {"": torch.ones(4)}):
     y = layer(x)
+# fewer heads: a few for each token
+routes: mha_book.Routes = MixtureOfHeads(64, 4, 2).route(x)
+balance: Tensor = mha_book.balance_loss(routes, torch.ones(2, 8, dtype=torch.bool))
+with mha_book.recorded_routes(layer) as recorded:
+    y = layer(x)
+per_plug: dict[str, list[mha_book.Routes]] = recorded
+skipped: Tensor = mha_book.skip_heads(layer, x, is_causal=True)
