@@ -67,6 +67,7 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -110,6 +111,8 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # Fewer heads
+    "prune_heads", "prune_model", "match_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

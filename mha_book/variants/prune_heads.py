@@ -49,12 +49,17 @@ def prune_heads(
         _check_means(layer, means)
     layout = HeadLayout(len(kept), len(kv), layer.layout.head_dim, layer.layout.value_dim)
     index = dict(q=kept, o=kept, k=kv, v=kv)
-    new = _changed(layer, layout, lambda part, rows: rows[index[part]])
+    new = _changed(layer, layout, lambda part, rows: rows.index_select(0, _index(index[part], rows)))
     check_answers(new, _changed(layer, layer.layout, lambda part, rows: (
-        rows if part != "o" else rows.index_fill(0, torch.tensor(gone, device=rows.device, dtype=int), 0))))
+        rows.index_fill(0, _index(gone, rows), 0) if part == "o" else rows)))
     if means is not None:
         _leave_behind(layer, new, gone, means)
     return new
+
+
+def _index(heads: list[int], rows: Tensor) -> Tensor:
+    "These heads as numbers beside the rows."
+    return torch.tensor(heads, dtype=torch.int64, device=rows.device)
 
 
 def _changed(layer: MultiHeadAttention, layout: HeadLayout, change: Callable) -> MultiHeadAttention:

@@ -501,6 +501,27 @@ def by_heads(device, options):
     return layer, new, y, torch.autograd.grad(y.sum(), [*new.parameters()][0])
 
 
+def of_fewer_heads(device, options):
+    "Heads that leave, in a layer and in a model."
+    layer = layer_of(device, **options(device)[0])
+    h, g, _ = layer.layout
+    means = torch.randn(h, layer.layout.value_dim, device=device, dtype=torch.float64)
+    gone, means = range(h // g), None if layer.out_proj.bias is None else means
+    new = mha_book.prune_heads(layer, gone, means=means)
+    model = mha_book.prune_model(nn.Sequential(layer), {"0": gone}, means=means if means is None else {"0": means})
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y = model[0](x, context)
+    return layer, new, y, torch.autograd.grad(y.sum(), [*model.parameters()][0])
+
+
+def of_saved_heads(device):
+    "A layer of fewer heads into one of more."
+    layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
+    new = mha_book.match_heads(layer, less.state_dict())
+    new.load_state_dict(less.state_dict())
+    return layer, new, new(tokens(device))
+
+
 rope_beneath = mha_book.RoPE(s.d)  # whose frequencies are Python's numbers
 
 
@@ -521,7 +542,9 @@ enter(
     by_heads,
     some_layers,
 )
+enter("prune_heads, prune_model", of_fewer_heads, some_layers)
 CASES |= {
+    "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
@@ -755,6 +778,7 @@ WITHOUT_TENSORS = {
 ALSO_ON_THE_CPU = {
     "AttentionHead",
     "HeadList",  # take no device: made on the default device, then moved
+    "match_heads",  # reads and writes what is saved, as the next does
     "MultiHeadAttention, saved and loaded",  # whose head counts are three integers on the CPU, wherever the layer is
 }
 

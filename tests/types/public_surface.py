@@ -68,6 +68,9 @@ weight: Tensor = projection.weight[rows]
 with mha_book.commit_once(*caches):
     y: Tensor = layer(x, cache=caches[0])
 wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
+narrow: MultiHeadAttention = mha_book.prune_heads(MultiHeadAttention(64, 4), [1, 3], means=torch.zeros(4, 16))
+smaller: nn.Module = mha_book.prune_model(nn.Sequential(narrow), {"0": range(1)}, means={"0": torch.zeros(2, 16)})
+matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
 latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
