@@ -56,6 +56,7 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -90,7 +91,7 @@ __all__ = [
     "RoPELlama3Scaling", "rotate_by_tables",
     "RotatedPosition", "hadamard",
     # Into `finish`
-    "Finish", "OutputGate",
+    "Finish", "OutputGate", "HeadGates",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -113,6 +114,7 @@ __all__ = [
     "allocation_bound",
     # Fewer heads
     "prune_heads", "prune_model", "match_heads",
+    "add_gates", "open_price", "prune_gated",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -88,7 +88,11 @@ class HeadGates(nn.Module):
         return torch.sigmoid(self._wide() - _BETA * math.log(-_LOW / _HIGH)).sum()
 
     def closed(self) -> list[int]:
-        "The heads whose gate is 0 in eval mode; in training each may still be drawn open."
+        """The heads whose gate is 0 in eval mode; in training each may still be drawn open.
+        Raises ValueError on meta, where gates have no numbers.
+        """
+        if self.log_alpha.is_meta:
+            raise ValueError("log_alpha is on meta, so no gate is known to be closed: load its numbers first")
         return (self.gates() == 0).nonzero().flatten().tolist()
 
     def _wide(self) -> Tensor:

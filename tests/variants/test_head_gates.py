@@ -399,6 +399,8 @@ def test_what_cannot_be_pruned_is_refused():
         prune_gated(layer)
     with refused(ValueError, "groups"):
         prune_gated(gated((-9.0, -9.0, 0.0, 0.0, -9.0, 0.0), num_kv_heads=2))
+    with refused(ValueError, "meta", "load"):
+        prune_gated(copy.deepcopy(gated()).to("meta"))
     model = Two()
     add_gates(model, start=-40.0)
     with refused(ValueError, "'first'", "all 6 gates"):
