@@ -65,6 +65,7 @@ from mha_book.variants.head_importance import (
     scaled_heads,
     without_heads,
 )
+from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -102,6 +103,7 @@ __all__ = [
     # Into `finish`
     "Finish", "OutputGate",
     "MixtureOfHeads",
+    "Finish", "OutputGate", "HeadGates",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -128,6 +130,7 @@ __all__ = [
     "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
     "head_importance", "least_heads",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
+    "add_gates", "open_price", "prune_gated",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

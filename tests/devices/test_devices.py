@@ -534,6 +534,19 @@ def of_fewer_heads(device, options):
     return layer, new, y, torch.autograd.grad(y.sum(), [*model.parameters()][0])
 
 
+def behind_gates(device, options):
+    "Gates in training and in eval mode, their price, and what stays of the layer without them."
+    layer = layer_of(device, **options(device)[0])
+    gates = mha_book.add_gates(layer, start=0.5)[""]
+    with torch.no_grad():
+        gates.log_alpha[: len(gates.log_alpha) // layer.layout.num_kv_heads] = -9.0
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y = layer.train()(x, context)
+    grads = torch.autograd.grad(y.sum() + mha_book.open_price(layer), [gates.log_alpha, layer.out_proj.weight])
+    pruned = layer if gates.log_alpha.is_meta else mha_book.prune_gated(layer)  # which reads numbers
+    return layer, gates.draw(s.b), y, grads, pruned.eval()(x, context)
+
+
 def of_saved_heads(device):
     "A layer of fewer heads into one of more."
     layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
@@ -563,6 +576,7 @@ enter(
     some_layers,
 )
 enter("prune_heads, prune_model", of_fewer_heads, some_layers)
+enter("HeadGates, add_gates, open_price, prune_gated", behind_gates, some_layers)
 CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,

@@ -54,6 +54,7 @@ positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) f
 positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
 finishes.append(MixtureOfHeads(64, 4, 3, num_shared=1, finish=OutputGate(64, 4)))
+finishes.append(mha_book.HeadGates(4, start=1, finish=finishes[0]))
 pool = BlockPool(8, 4, 4, 16)
 rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
 quantized = QuantizedKVCache(2, rounded, 32, 16)
@@ -72,6 +73,9 @@ with mha_book.commit_once(*caches):
 wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
 narrow: MultiHeadAttention = mha_book.prune_heads(MultiHeadAttention(64, 4), [1, 3], means=torch.zeros(4, 16))
 smaller: nn.Module = mha_book.prune_model(nn.Sequential(narrow), {"0": range(1)}, means={"0": torch.zeros(2, 16)})
+gates: dict[str, mha_book.HeadGates] = mha_book.add_gates(smaller, start=1.5)
+open_heads: Tensor = mha_book.open_price(smaller) + gates["0"].expected_open() + gates["0"].draw(2).sum()
+ungated: nn.Module = mha_book.prune_gated(smaller)
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
