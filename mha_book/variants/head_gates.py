@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import check_answers, with_heads
+from ..heads.head_counts import check_answers
 from ..heads.layer import Finish, MultiHeadAttention
 from ..heads.single_head import check_callable, check_count, check_device, check_number, float32_at_least
 from .mixed_precision import fill_socket
-from .prune_heads import prune_heads
+from .prune_heads import _changed, _check_untied, prune_heads
 
 
 # %% ../../nbs/19c_head_gates.ipynb #gates
@@ -153,36 +153,35 @@ def prune_gated(
     not that of the heads; and as `prune_heads` does, for plugs that count heads above all.
     """
     if isinstance(model, MultiHeadAttention):
-        return _without_gates(model, "the layer")
-    layers = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, MultiHeadAttention) and isinstance(layer.finish, HeadGates)}
+        return _without_gates(model)
+    layers, new = {name: layer for name, layer in model.named_modules()
+                   if isinstance(layer, MultiHeadAttention) and isinstance(layer.finish, HeadGates)}, {}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer with gates in its finish")
-    pruned = {name: _without_gates(layer, repr(name)) for name, layer in layers.items()}
-    new = copy.deepcopy(model)
-    for name, layer in pruned.items():
-        new.set_submodule(name, layer)
-    return new
+    for name, layer in layers.items():
+        _check_untied(model, name, layer)
+        try:
+            new[layer] = _without_gates(layer)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
+    return copy.deepcopy(model, {id(layer): pruned for layer, pruned in new.items()})
 
 
-def _without_gates(layer: MultiHeadAttention, name: str) -> MultiHeadAttention:
+def _without_gates(layer: MultiHeadAttention) -> MultiHeadAttention:
     "A copy whose gates are in its weights."
     plug, h = layer.finish, layer.layout.num_heads
     if not isinstance(plug, HeadGates):
-        raise ValueError(f"{name} has no gates in its finish, but {type(plug).__name__}")
+        raise ValueError(f"the layer has no gates in its finish, but {type(plug).__name__}")
     if len(plug.log_alpha) != h:
-        raise ValueError(f"{name} has {h} heads and {len(plug.log_alpha)} gates")
+        raise ValueError(f"the layer has {h} heads and {len(plug.log_alpha)} gates")
     gates, closed = plug.gates().detach(), plug.closed()
     if len(closed) == h:
-        raise ValueError(f"all {h} gates of {name} are closed, and at least one head must stay: "
-                         f"raise the largest log_alpha, or take the layer out of the model")
+        raise ValueError(f"all {h} gates of the layer are closed, and at least one head stays: raise the "
+                         f"largest log_alpha, or take the layer out of the model")
     plain = copy.deepcopy(layer)
     fill_socket(plain, "finish", plain.finish.finish)
-
-    def folded(part: str, rows: Tensor) -> Tensor:
-        return (rows * gates[:, None, None]).to(rows.dtype) if part == "o" else rows
-
-    new = with_heads(plain, layer.layout, folded)
+    new = _changed(plain, layer.layout, lambda part, rows: (
+        (rows * gates[:, None, None]).to(rows.dtype) if part == "o" else rows))
     check_answers(new, layer)
     return prune_heads(new, closed) if closed else new
 
