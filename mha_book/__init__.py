@@ -56,6 +56,7 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -110,6 +111,8 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # A number of heads that adapts
+    "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -526,6 +526,10 @@ CASES |= {
     "OutputGate": gated,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+    "HeadBudget, budget_loss": lambda device: (
+        controller := mha_book.HeadBudget(s.e, 3, device=device, dtype=torch.float64),
+        mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
+    ),
 }
 
 
@@ -705,6 +709,14 @@ def sensitive(device):
     return layer, layer(x)
 
 
+def budgeted(device):
+    "Two levels for two inputs, chosen and told."
+    layer, x = layer_of(device), tokens(device)
+    controller = mha_book.HeadBudget(3, 2, device=device, dtype=torch.float64).fit(x[:, 0, :3])
+    ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": [0, 1]}], controller, lambda model, x: x[:, 0, :3])
+    return ways, ways(x), ways(x, levels=torch.arange(2, device=device))
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "error_report": judged,
@@ -734,6 +746,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
     "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
+    "AdaptiveHeads, Budgeted": budgeted,
 }
 WITHOUT_TENSORS = {
     "Attend",

@@ -135,3 +135,11 @@ measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4
 precisions = mha_book.allocate_precision(measured, 12.0)
 sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
 together: float = mha_book.joint_effect(layer, [(x,)], precisions)
+
+# a number of heads that adapts to the input
+controller = mha_book.HeadBudget(3, 2, hidden_dim=8).fit(torch.randn(5, 3))
+expected: Tensor = mha_book.budget_loss(controller(x[:, 0, :3]), torch.rand(2, 2), torch.rand(2), 0.1)
+ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controller, lambda model, x: x[:, 0, :3])
+found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
+given: list[Tensor] = [found.output, found.levels, found.num_heads]
+more: int = ways.extra_bytes
