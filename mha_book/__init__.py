@@ -66,6 +66,7 @@ from mha_book.variants.head_importance import (
     without_heads,
 )
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
+from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -131,6 +132,8 @@ __all__ = [
     "head_importance", "least_heads",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "add_gates", "open_price", "prune_gated",
+    # A number of heads that adapts
+    "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -584,6 +584,10 @@ CASES |= {
     "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+    "HeadBudget, budget_loss": lambda device: (
+        controller := mha_book.HeadBudget(s.e, 3, device=device, dtype=torch.float64),
+        mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
+    ),
 }
 
 
@@ -774,6 +778,12 @@ def ranked(device):
     with mha_book.scaled_heads(layer, {"": torch.ones(layer.layout.num_heads, device=device)}, means):
         plug = layer.finish
         return layer, y, layer(x), means, plug.scale
+def budgeted(device):
+    "Two levels for two inputs, chosen and told."
+    layer, x = layer_of(device), tokens(device)
+    controller = mha_book.HeadBudget(3, 2, device=device, dtype=torch.float64).fit(x[:, 0, :3])
+    ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": [0, 1]}], controller, lambda model, x: x[:, 0, :3])
+    return ways, ways(x), ways(x, levels=torch.arange(2, device=device))
 
 
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
@@ -807,6 +817,7 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
     "ScaledHeads, scaled_heads, without_heads, head_means, ablation_effects, head_importance, least_heads": ranked,
     "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
+    "AdaptiveHeads, Budgeted": budgeted,
 }
 WITHOUT_TENSORS = {
     "Attend",

@@ -159,3 +159,10 @@ with mha_book.recorded_routes(layer) as recorded:
     y = layer(x)
 per_plug: dict[str, list[mha_book.Routes]] = recorded
 skipped: Tensor = mha_book.skip_heads(layer, x, is_causal=True)
+# a number of heads that adapts to the input
+controller = mha_book.HeadBudget(3, 2, hidden_dim=8).fit(torch.randn(5, 3))
+expected: Tensor = mha_book.budget_loss(controller(x[:, 0, :3]), torch.rand(2, 2), torch.rand(2), 0.1)
+ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controller, lambda model, x: x[:, 0, :3])
+found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
+given: list[Tensor] = [found.output, found.levels, found.num_heads]
+more: int = ways.extra_bytes
