@@ -56,6 +56,8 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
+from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
 from mha_book.variants.head_importance import (
     ScaledHeads,
     ablation_effects,
@@ -65,8 +67,6 @@ from mha_book.variants.head_importance import (
     scaled_heads,
     without_heads,
 )
-from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
-from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -126,13 +126,10 @@ __all__ = [
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
     # Fewer heads
-    "prune_heads", "prune_model", "match_heads",
-    # What a head is worth
     "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
-    "head_importance", "least_heads",
-    "Routes", "balance_loss", "recorded_routes", "skip_heads",
+    "head_importance", "least_heads", "prune_heads", "prune_model", "match_heads",
     "add_gates", "open_price", "prune_gated",
-    # A number of heads that adapts
+    "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
