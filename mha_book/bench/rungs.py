@@ -28,9 +28,9 @@ from .similar_lines import (
 )
 
 OFF = 0.3  # share of the heads that a tuned model lacks
-RATE = 2e-4  # of the tuning
-NEW = 2.5  # times as much where layers begin new
-ROUTER = 10  # and for routers
+RATE = 1e-4  # of the tuning
+NEW = 5  # times as much where layers begin new
+ROUTER = 20  # and for routers
 
 
 # The model and its texts
