@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from .ladder_times import encoder_times, language_times
-from .rungs import NEW, RATE, EncoderRungs, gated, load_encoder_rungs, mixed, narrow, pruned, smaller
+from .rungs import NEW, RATE, EncoderRungs, gated, load_encoder_rungs, longer, mixed, narrow, pruned, smaller
 from .rungs_by_input import LENGTHS, by_input
 from .rungs_language import LanguageRungs, load_language_rungs
 
@@ -32,6 +32,7 @@ def encoder_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
         "fewer heads from the start": lambda name: smaller(on, name, NEW * RATE),
         "sets by length": lambda name: by_input(on, name, found["importance"]),
         "as many in each layer": lambda name: pruned(on, name, on.alike(worth(), on.same)),
+        "pruned by importance, tuned longer": lambda name: longer(on, name, on.best(worth(), on.kept)),
         "pruned by importance to half": lambda name: pruned(on, name, on.best(worth(), sum(on.shape) // 2)),
     }
     return tuned | encoder_untuned(on, worth)

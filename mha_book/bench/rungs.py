@@ -25,12 +25,14 @@ from .similar_lines import (
     scored_texts,
     squared_distances,
     training_batches,
+    unit_mean,
 )
 
 OFF = 0.3  # share of the heads that a tuned model lacks
-RATE = 1e-4  # of the tuning
-NEW = 5  # times as much where layers begin new
-ROUTER = 20  # and for routers
+RATE = 2e-4  # of the tuning
+NEW = 2.5  # times as much where layers begin new
+ROUTER = 10  # and for routers
+LONGER = 4  # times the steps of all others
 
 
 # The model and its texts
@@ -72,14 +74,16 @@ class EncoderRungs(Climber):
 
     @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        "What every model is tuned on: texts, and the whole model's vectors."
-        found = training_batches(self.sizes["batch"], self.seed)[: self.sizes["steps"]]
-        return [self.aimed(texts) for texts in found]
+        "What every model is tuned on: texts, and the whole model's last hidden states."
+        return self.aimed_batches(self.sizes["steps"])
+
+    def aimed_batches(self, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [self.aimed(texts) for texts in training_batches(self.sizes["batch"], self.seed)[:steps]]
 
     @torch.no_grad()
     def aimed(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         ids, key_mask = encode(self.tokenizer, texts, self.device)
-        return ids, key_mask, pooled(self.model, ids, key_mask)
+        return ids, key_mask, self.model(ids, key_mask)[-1]
 
     def calibration(self, chosen: Callable[[int], bool] = lambda tokens: True) -> list[tuple[Tensor, Tensor]]:
         "Texts on which heads are measured, those of about one length together."
@@ -108,15 +112,17 @@ class EncoderRungs(Climber):
 
     # Tuning
 
-    def tune(self, model: Encoder, rate: float = RATE, step: Callable | None = None) -> list[float]:
-        """Adam on all but the embeddings, towards the whole model's vectors, in place; the learning rate rises
+    def tune(
+        self, model: Encoder, rate: float = RATE, step: Callable | None = None, batches: list | None = None
+    ) -> list[float]:
+        """Adam on all but the embeddings, towards the whole model, in place; the learning rate rises
         for ten steps, then falls to 0. The loss, a mean of each tenth of the steps.
         """
-        optimiser, losses = torch.optim.Adam(_trained(model, rate)), []
+        optimiser, losses, batches = torch.optim.Adam(_trained(model, rate)), [], batches or self.batches
         step = step or (lambda number, *batch: distance(model, *batch))
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(batches):
             for group in optimiser.param_groups:
-                group["lr"] = group["top"] * min(1, (number + 1) / 10) * (1 - number / len(self.batches))
+                group["lr"] = group["top"] * min(1, (number + 1) / 10) * (1 - number / len(batches))
             optimiser.zero_grad()
             loss = step(number, *batch)
             loss.backward()
@@ -146,16 +152,21 @@ class EncoderRungs(Climber):
 
     def tuned(self, name: str, model: Encoder, kept: Heads, rate: float = RATE, **more: Any) -> list[dict]:
         "Tuned, and judged."
-        self.batches, begin = self.batches, time.process_time()  # they are made before the clock starts
-        course = self.tune(model, rate, more.pop("step", None))
-        more |= dict(steps=len(self.batches), rate=rate, course=course)
+        batches = more.pop("batches", None) or self.batches
+        begin = time.process_time()
+        course = self.tune(model, rate, more.pop("step", None), batches)
+        more |= dict(steps=len(batches), rate=rate, course=course)
         more["seconds"] = round(more.get("seconds", 0.0) + time.process_time() - begin, 1)
         return [self.rung(name, self.vectors(model), model, [kept], **more)]
 
 
 def distance(model: Encoder, ids: Tensor, key_mask: Tensor, goal: Tensor) -> Tensor:
-    "Mean squared distance from the whole model's vectors."
-    return squared_distances(pooled(model, ids, key_mask), goal).mean()
+    """How far a model is from the whole one, whose last hidden states are given: the mean squared distance
+    of the texts' vectors, and the squared relative error of the states of all tokens.
+    """
+    states, real = model(ids, key_mask)[-1], key_mask[..., None]
+    vectors = squared_distances(unit_mean(states, key_mask), unit_mean(goal, key_mask)).mean()
+    return vectors + ((states - goal) * real).square().sum() / (goal * real).square().sum()
 
 
 def _trained(model: Encoder, rate: float) -> list[dict]:
@@ -249,6 +260,11 @@ def mixed(on: EncoderRungs, name: str, importance: list[list[float]], frozen: bo
 
 
 # All of them
+
+
+def longer(on: EncoderRungs, name: str, kept: Heads) -> list[dict]:
+    "Tuned four times as long as all others."
+    return on.tuned(name, on.cut(kept), kept, batches=on.aimed_batches(LONGER * on.sizes["steps"]))
 
 
 def gated(on: EncoderRungs, name: str) -> list[dict]:

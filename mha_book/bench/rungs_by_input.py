@@ -15,7 +15,7 @@ from ..variants.head_importance import without_heads
 from ..variants.prune_heads import prune_model
 from .climber import Heads, short
 from .rungs import RATE, EncoderRungs, distance
-from .similar_lines import embed_texts, pooled, squared_distances, training_batches
+from .similar_lines import embed_texts, pooled, squared_distances, training_batches, unit_mean
 
 LENGTHS = {"short": range(0, 9), "middle": range(9, 33), "long": range(33, 10**6)}  # of a text, in tokens
 ALL = len(LENGTHS)  # the last set has all heads
@@ -63,7 +63,7 @@ def controllers(on: EncoderRungs, model: Encoder, sets: list[Heads]) -> dict[flo
         rows = []
         for kept in sets:
             with without_heads(model, on.gone(kept)):
-                rows.append(squared_distances(pooled(model, ids, key_mask), goal))
+                rows.append(squared_distances(pooled(model, ids, key_mask), unit_mean(goal, key_mask)))
         errors.append(torch.stack(rows, 1))
     costs = torch.tensor([float(sum(map(len, kept))) for kept in sets], device=on.device) / sum(on.shape)
     return {price: controller(torch.cat(seen), torch.cat(errors), costs, price, on.seed) for price in PRICES}
