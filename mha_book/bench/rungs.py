@@ -263,7 +263,7 @@ def mixed(on: EncoderRungs, name: str, importance: list[list[float]], frozen: bo
 
 
 def longer(on: EncoderRungs, name: str, kept: Heads) -> list[dict]:
-    "Tuned four times as long as all others."
+    "Tuned four times as long as all others, as far as there are texts."
     return on.tuned(name, on.cut(kept), kept, batches=on.aimed_batches(LONGER * on.sizes["steps"]))
 
 
