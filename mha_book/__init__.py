@@ -102,9 +102,7 @@ __all__ = [
     "RoPELlama3Scaling", "rotate_by_tables",
     "RotatedPosition", "hadamard",
     # Into `finish`
-    "Finish", "OutputGate",
-    "MixtureOfHeads",
-    "Finish", "OutputGate", "HeadGates",
+    "Finish", "OutputGate", "HeadGates", "MixtureOfHeads",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
