@@ -138,9 +138,7 @@ class EncoderRungs(Climber):
         "A rung of the file, from the vectors of the scored texts."
         rest = dict(kept=kept, given=[], active=float(sum(map(len, kept[0]))))
         rest |= dict(steps=0, rate=0.0, seconds=0.0, course=[]) | more
-        if "flops" not in rest:
-            rest["flops"] = attention_work(model, self.lengths) / len(self.texts)
-        rest["flops"] = short(rest["flops"])
+        rest["flops"] = short(rest.get("flops") or attention_work(model, self.lengths) / len(self.texts))
         scores = short(ranking_scores(vectors, self.exact, self.kinds).tolist())
         distances = short(squared_distances(vectors, self.exact).tolist())
         return dict(model=self.name, name=name, **rest, scores=scores, distances=distances)
@@ -263,7 +261,7 @@ def mixed(on: EncoderRungs, name: str, importance: list[list[float]], frozen: bo
 
 
 def longer(on: EncoderRungs, name: str, kept: Heads) -> list[dict]:
-    "Tuned four times as long as all others."
+    "Tuned four times as long as all others, as far as there are texts."
     return on.tuned(name, on.cut(kept), kept, batches=on.aimed_batches(LONGER * on.sizes["steps"]))
 
 
