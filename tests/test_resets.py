@@ -25,6 +25,7 @@ from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
+from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
 
 E, H, G, D, DV, C = 240, 6, 3, 48, 24, 160  # wide enough that a spread is known to a few percent
@@ -67,6 +68,7 @@ MODULES = {
     "Encoder": lambda: Encoder(ENCODER),
     "DecoderLayer": lambda: DecoderLayer(language_config(), RoPE(D, 1e4), fused_attend),
     "LanguageModel": lambda: LanguageModel(language_config()),
+    "HeadBudget": lambda: HeadBudget(E, 3),
     "Block": lambda: Block(layer(), E),
 }
 ELSEWHERE = {
@@ -75,6 +77,7 @@ ELSEWHERE = {
     "ALiBi",
     "CopyModel",
     "Watched",
+    "AdaptiveHeads",
 }  # with their own tests, or made of these
 
 

@@ -130,7 +130,7 @@ def attention_work(
     """What the matrix products of all attention layers take for texts of these lengths, each
     without padding. Where a `MixtureOfHeads` routes, queries, attention and output are those of
     the heads that a token takes; keys and values are made of all, for other tokens may ask; the
-    router counts.
+    router counts. (`skip_heads` pads more where several texts are one batch.)
 
     Raises TypeError or ValueError for lengths that are none, for a model without attention, and for
     layers that are no self-attention.
@@ -176,7 +176,8 @@ def forecast(
     shares: list[float],                # of the inputs that have each, 1 in all
     embed_dim: int,                     # width of a token
     *,
-    n: int,                             # tokens of an input
+    n: int,                             # tokens of an input that pass through now
+    m: int | None = None,               # keys that they look at; n unless told
     batches: Iterable[int],             # inputs at once
     machine: Machine,                   # one of PEAKS, or as `measure_machine` finds it
     itemsize: int = 2,                  # bytes a number
@@ -193,7 +194,7 @@ def forecast(
     def seconds(layouts, batch):
         each = Counter(layouts)
         return sum(count * machine.seconds(step) for at, count in each.items()
-                   for step in layer_work(at, embed_dim, batch=batch, n=n, itemsize=itemsize).values())
+                   for step in layer_work(at, embed_dim, batch=batch, n=n, m=m, itemsize=itemsize).values())
 
     found = []
     for batch in batches:

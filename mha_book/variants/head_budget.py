@@ -6,7 +6,7 @@
 __all__ = ['HeadBudget', 'budget_loss', 'Budgeted', 'AdaptiveHeads']
 
 # %% ../../nbs/19e_head_budget.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +122,16 @@ class AdaptiveHeads(nn.Module):
     def __init__(
         self,
         model: nn.Module,                         # whose attention layers have names
-        levels: Sequence[dict[str, list[int]]],   # of each level, the heads that go, by layer; {} = none
+        # of each level, the heads that go, by the names of `model.named_modules()`; {} = none
+        levels: Sequence[dict[str, Iterable[int]]],
         controller: nn.Module,                    # features -> b levels
         features: Callable[..., Tensor],          # (model, *batch) -> b f
         *,
         outputs: Callable[..., Any] = _call,      # (model, *batch) -> tensor, or list or tuple of them
     ):
+        """Copy. Raises TypeError or ValueError for what is no model with attention layers, no
+        list of levels, or no function; and as `prune_model` does, with the level's number.
+        """
         super().__init__()
         _check_parts(model, levels, controller, features, outputs)
         self.controller, self.features, self.outputs = controller, features, outputs
@@ -202,22 +206,22 @@ class AdaptiveHeads(nn.Module):
         return levels.to(self.counts.device)
 
 # %% ../../nbs/19e_head_budget.ipynb #adaptive-parts
-def _level(model: nn.Module, level: int, heads: dict[str, list[int]]) -> nn.Module:
+def _level(model: nn.Module, level: int, heads: dict[str, Iterable[int]]) -> nn.Module:
     "A pruned copy; all but its pruned layers are the model's own parameters and buffers."
+    heads = {name: [*gone] for name, gone in heads.items()}
     heads = {name: gone for name, gone in heads.items() if gone}
     if not heads:
         return model
     try:
         new = prune_model(model, heads)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise type(error)(f"levels[{level}]: {error}") from error
-    own = tuple(f"{name}." for name in heads)
+    own = {part for name in heads for part in model.get_submodule(name).modules()}
     for name, module in model.named_modules():
-        if f"{name}.".startswith(own):
-            continue
-        twin = new.get_submodule(name)
-        for kind in "_parameters", "_buffers":
-            getattr(twin, kind).update(getattr(module, kind))
+        if module not in own:
+            twin = new.get_submodule(name)
+            for kind in "_parameters", "_buffers":
+                getattr(twin, kind).update(getattr(module, kind))
     return new
 
 

@@ -467,6 +467,26 @@ def gated(device):
     return layer, layer(tokens(device), is_causal=True)
 
 
+def mixture_of(device, **options):
+    plug = mha_book.MixtureOfHeads(s.e, s.h, 4, num_shared=1, device=device, dtype=torch.float64)
+    return layer_of(device, finish=plug, **options)
+
+
+def routed(device):
+    layer, x, real = mixture_of(device), tokens(device), bits(s.b, s.n, device=device)
+    with mha_book.recorded_routes(layer) as found:
+        y = layer(x, key_mask=real)
+    loss = mha_book.balance_loss(found["finish"][0], real)
+    return layer, found["finish"], torch.autograd.grad(y.sum() + loss, [*layer.parameters()])
+
+
+def skipped(device):
+    layer = mixture_of(device)
+    y = mha_book.skip_heads(layer, tokens(device), key_mask=bits(s.b, s.n, device=device), is_causal=True)
+    turned = mixture_of(device, position=mha_book.RoPE(s.d))
+    return layer, y, mha_book.skip_heads(turned, tokens(device)), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
 def regrouped(device, options):
     layer = layer_of(device, **options(device)[0])
     few, many = mha_book.mean_kv_heads(layer, 1), mha_book.repeat_kv_heads(layer, s.h)
@@ -561,8 +581,13 @@ CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+    "HeadBudget, budget_loss": lambda device: (
+        controller := mha_book.HeadBudget(s.e, 3, device=device, dtype=torch.float64),
+        mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
+    ),
 }
 
 
@@ -742,8 +767,28 @@ def sensitive(device):
     return layer, layer(x)
 
 
+def ranked(device):
+    "What heads are worth is kept on the CPU; means stay where the layer is."
+    layer, x = layer_of(device), tokens(device)
+    means = mha_book.head_means(layer, [(x,)])
+    worth = mha_book.head_importance(layer, [(x,)], means=means) | mha_book.ablation_effects(layer, [(x,)])
+    assert worth[""].device.type == "cpu"
+    with mha_book.without_heads(layer, mha_book.least_heads(worth, 1), means):
+        y = layer(x)
+    with mha_book.scaled_heads(layer, {"": torch.ones(layer.layout.num_heads, device=device)}, means):
+        plug = layer.finish
+        return layer, y, layer(x), means, plug.scale
+def budgeted(device):
+    "Two levels for two inputs, chosen and told."
+    layer, x = layer_of(device), tokens(device)
+    controller = mha_book.HeadBudget(3, 2, device=device, dtype=torch.float64).fit(x[:, 0, :3])
+    ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": [0, 1]}], controller, lambda model, x: x[:, 0, :3])
+    return ways, ways(x), ways(x, levels=torch.arange(2, device=device))
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
+    "skip_heads": skipped,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(
@@ -770,7 +815,9 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+    "ScaledHeads, scaled_heads, without_heads, head_means, ablation_effects, head_importance, least_heads": ranked,
     "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
+    "AdaptiveHeads, Budgeted": budgeted,
 }
 WITHOUT_TENSORS = {
     "Attend",

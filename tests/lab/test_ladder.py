@@ -18,7 +18,7 @@ from mha_book.instruments.roofline import PEAKS, Machine, layer_work
 from mha_book.kernels.backends import attention
 from mha_book.lab.ladder import attention_work, fewer_heads, forecast, narrow_heads
 from mha_book.plugs.rope import RoPE
-from mha_book.variants.mixture_of_heads import MixtureOfHeads
+from mha_book.variants.mixture_of_heads import MixtureOfHeads, skip_heads
 from mha_book.variants.prune_heads import prune_heads
 from support.refusals import refused
 
@@ -218,6 +218,10 @@ def test_a_mixture_pays_for_what_tokens_take_for_all_keys_and_for_its_router():
     a_token += 2 * 24 * model[0].finish.router.out_features
     assert attention_work(model, [n]) == n * a_token
     assert attention_work(nn.Sequential(plain), [n]) > n * a_token
+    model[0].attend = plain_attention
+    with FlopCounterMode(display=False) as counter:
+        skip_heads(model[0], torch.randn(1, n, 24, dtype=torch.float64))
+    assert counter.get_total_flops() == attention_work(model, [n])
 
 
 def test_what_attention_work_refuses():
@@ -256,6 +260,13 @@ def test_one_level_for_all_is_no_group():
     full, few = [HeadLayout(6, 6, 8)], [HeadLayout(3, 3, 8)]
     for one in forecast(full, few, [full, few], [0.0, 1.0], 24, n=7, batches=[1, 2, 64], machine=SLOW):
         assert math.isclose(one.grouped, one.pruned, rel_tol=1e-12)
+
+
+def test_in_decoding_one_token_looks_at_many_keys():
+    at = [HeadLayout(6, 3, 8)]
+    (one,) = forecast(at, at, [at], [1.0], 24, n=1, m=500, batches=[9], machine=SLOW)
+    work = layer_work(at[0], 24, batch=9, n=1, m=500, itemsize=2)
+    assert math.isclose(one.full, sum(map(SLOW.seconds, work.values())), rel_tol=1e-12)
 
 
 def test_small_batches_lose_by_groups_and_large_ones_win():
