@@ -120,7 +120,15 @@ def pooled(
     key_mask: Tensor,  # b n
 ) -> Tensor:  # b e
     "One vector of length 1 a text, with gradients."
-    return F.normalize(mean_pool(model(ids, key_mask)[-1], key_mask), dim=-1)
+    return unit_mean(model(ids, key_mask)[-1], key_mask)
+
+
+def unit_mean(
+    states: Tensor,  # b n e: last hidden states
+    key_mask: Tensor,  # b n
+) -> Tensor:  # b e
+    "What `pooled` makes of them: the mean of the real tokens, at length 1."
+    return F.normalize(mean_pool(states, key_mask), dim=-1)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@
 __all__ = ['ScaledHeads', 'scaled_heads', 'without_heads', 'head_means', 'ablation_effects', 'head_importance', 'least_heads']
 
 # %% ../../nbs/19a_head_importance.ipynb #imports
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -58,8 +58,8 @@ class ScaledHeads:
 @contextmanager
 def scaled_heads(
     model: nn.Module,                              # in which layers are named
-    scales: dict[str, Float[Tensor, "*bn h"]],     # by the names of `model.named_modules()`
-    means: dict[str, Float[Tensor, "h dv"]] | None = None,  # from `head_means`; unless told 0
+    scales: dict[str, Float[Tensor, "... _h"]],     # by the names of `model.named_modules()`
+    means: dict[str, Float[Tensor, "_h _dv"]] | None = None,  # from `head_means`; unless told 0
 ) -> Iterator[None]:
     """In this block the heads of the named layers count so much: 1 as they are, 0 not at all,
     or as much as their mean. Afterwards, also after an error, the layers are as before.
@@ -80,8 +80,8 @@ def scaled_heads(
 @contextmanager
 def without_heads(
     model: nn.Module,                              # in which layers are named
-    heads: dict[str, Iterable[int]],               # those that are off, as `least_heads` gives them
-    means: dict[str, Float[Tensor, "h dv"]] | None = None,  # what they give instead; unless told 0
+    heads: Mapping[str, Iterable[int]],            # those that are off, as `least_heads` gives them
+    means: dict[str, Float[Tensor, "_h _dv"]] | None = None,  # what they give instead; unless told 0
 ) -> Iterator[None]:
     "In this block these heads give 0, or their mean. Raises as `scaled_heads` does, and for what is no head."
     scales = {}
@@ -121,8 +121,8 @@ def _fill_of(name: str, layer: MultiHeadAttention, means: dict | None) -> Tensor
     return means[name]
 
 
-def _checked_dict(name: str, value: dict) -> dict:
-    if not isinstance(value, dict):
+def _checked_dict(name: str, value: Mapping) -> Mapping:
+    if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict, from names of layers, got {type(value).__name__}")
     return value
 
@@ -153,10 +153,10 @@ def head_means(
     batches: Iterable[tuple],    # each the positional arguments of one call
     *,
     outputs: Callable | None = None,    # (module, *batch), how it is called; with the batch alone unless told
-) -> dict[str, Float[Tensor, "h dv"]]:  # of each layer that was run
+) -> dict[str, Float[Tensor, "_h _dv"]]:  # of each layer that was run
     """The mean output of each head, before the layer's `finish`, over the real tokens of all
-    batches, in float32 at least. Where queries and keys are the same tokens, padding is
-    what the layer's masks hide from every query; otherwise all queries count.
+    batches, in float32 at least. Where a call has as many queries as keys, tokens that its masks
+    hide from every query are padding and do not count; otherwise all queries do.
 
     Raises TypeError or ValueError where there are no batches or no such layers, or no real token.
     """
@@ -179,10 +179,10 @@ def ablation_effects(
     *,
     outputs: Callable | None = None,    # (module, *batch) -> what is compared; its output
     loss: Callable | None = None,       # (module, *batch) -> a number that rises, instead
-    means: dict[str, Float[Tensor, "h dv"]] | None = None,   # what a head gives instead; unless told 0
-    off: dict[str, Iterable[int]] | None = None,    # heads that are off throughout
+    means: dict[str, Float[Tensor, "_h _dv"]] | None = None,   # what a head gives instead; unless told 0
+    off: Mapping[str, Iterable[int]] | None = None,    # heads that are off throughout
     progress: Callable[[int, int], object] | None = None,    # told (heads done, of how many)
-) -> dict[str, Float[Tensor, "h"]]:     # of each layer, on the CPU, float64
+) -> dict[str, Float[Tensor, "_h"]]:     # of each layer, on the CPU, float64
     """What taking out each head alone costs: sum |y' - y|^2 / sum |y|^2 over all batches, or
     with `loss` the rise of its mean. One run of the model a head, and two before. With `off` y'
     lacks those heads as well, and y lacks none.
@@ -205,20 +205,20 @@ def ablation_effects(
 
 # %% ../../nbs/19a_head_importance.ipynb #importance
 class _Marked:
-    "A plug for `finish` that multiplies heads by ones, and keeps these: one set for each sequence of each call."
+    "A plug for `finish` that scales heads by ones, and keeps these: one set for each sequence of each call."
 
-    def __init__(self, finish: Finish | None, num_heads: int):
-        self.finish, self.num_heads, self.ones = finish, num_heads, []
+    def __init__(self, finish: Finish | None, num_heads: int, fill: Tensor | None):
+        self.finish, self.num_heads, self.fill, self.ones = finish, num_heads, fill, []
 
     def __call__(self, heads: Tensor, x: Tensor) -> Tensor:
         ones = heads.new_ones(len(heads), 1, self.num_heads).requires_grad_()
         self.ones.append(ones)
-        return ScaledHeads(ones, self.finish)(heads, x)
+        return ScaledHeads(ones, self.finish, self.fill)(heads, x)
 
 
-def _marked_result(meter: Meter, batch: tuple, layers: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    "What a batch gives, and the ones that it was multiplied by. ValueError where no gradient leads back."
-    marks = {name: _Marked(layer.finish, layer.layout.num_heads) for name, layer in layers.items()}
+def _marked_result(meter: Meter, batch: tuple, layers: dict, fills: dict) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    "What a batch gives, and the ones that heads were scaled by. ValueError where no gradient leads back."
+    marks = {name: _Marked(layer.finish, layer.layout.num_heads, fills[name]) for name, layer in layers.items()}
     with plugged({layer: dict(finish=marks[name]) for name, layer in layers.items()}):
         y = meter.result(batch)
     ones = {name: mark.ones for name, mark in marks.items() if mark.ones}
@@ -249,9 +249,10 @@ def head_importance(
     *,
     outputs: Callable | None = None,    # (module, *batch) -> what is compared, a row for each sequence; its output
     loss: Callable | None = None,       # (module, *batch) -> a number, instead
+    means: dict[str, Float[Tensor, "_h _dv"]] | None = None,   # where ξ leads to, at 0; unless told 0
     probes: int = 8,                    # random directions of the output; none is drawn for a loss
     seed: int = 0,                      # of these
-) -> dict[str, Float[Tensor, "h"]]:     # of each layer, on the CPU, float64
+) -> dict[str, Float[Tensor, "_h"]]:     # of each layer, on the CPU, float64
     """What each head is worth, by the gradient of a scale ξ = 1 that it is multiplied by. With a
     `loss` the mean of |dL/dξ| over batches (Michel et al. 2019, arXiv 1905.10650: one text a
     batch). Without, to the first order what `ablation_effects` measures: sum |dy/dξ|^2 / sum |y|^2,
@@ -263,13 +264,14 @@ def head_importance(
     """
     check_count("probes", probes)
     layers, meter = _attentions(model, None), Meter(model, batches, outputs, loss)
+    fills = {name: _fill_of(name, layer, means) for name, layer in layers.items()}
     with torch.no_grad():
         meter.start()
     found = {name: torch.zeros(layer.layout.num_heads, dtype=torch.float64, device="cpu")
              for name, layer in layers.items()}
     generator = torch.Generator("cpu").manual_seed(seed)
     for batch in meter.batches:
-        y, ones = _marked_result(meter, batch, layers)
+        y, ones = _marked_result(meter, batch, layers, fills)
         for left in range(probes if loss is None else 1, 0, -1):
             along = None if loss is not None else _signs(y, generator)
             for name, slope in _slopes(y, ones, along, left == 1).items():
@@ -288,7 +290,7 @@ def _signs(y: Tensor, generator: torch.Generator) -> Tensor:
 
 # %% ../../nbs/19a_head_importance.ipynb #least
 def least_heads(
-    scores: dict[str, Float[Tensor, "h"]],    # of each layer: what its heads are worth
+    scores: dict[str, Float[Tensor, "_h"]],    # of each layer: what its heads are worth
     count: int,                               # how many heads
     keep: int = 1,                            # how many stay in each layer at least
 ) -> dict[str, tuple[int, ...]]:              # of each layer that loses some, which
