@@ -67,7 +67,9 @@ def _command(args: argparse.Namespace) -> str:
     "The command that was given, without what only this machine knows: the file's folder."
     given = vars(args)
     words = ["mha-book", args.command, *(given.get("suites") or given.get("treatments") or given.get("models") or ())]
-    for name in ("passages", *dict.fromkeys([*TEXTS, *SIZES]), "device", "dtype", "rounds", "seeds", "seed", "steps"):
+    last = "device", "dtype", "rounds", "seeds", "seed", "steps"
+    first = [name for name in ("passages", *TEXTS, *SIZES) if name not in last]
+    for name in dict.fromkeys((*first, *last)):  # each once
         if given.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(given[name])]
     for name in ("sizes", "rates"):

@@ -40,7 +40,12 @@ def encoder_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
 
 def late_rungs(on: EncoderRungs, found: dict[str, Any]) -> dict[str, Climb]:
     "The encoder's, that come after the times."
+
+    def learned() -> list[list[int]]:
+        return next(one for one in found["rungs"] if one["name"] == "pruned by learned gates")["kept"][0]
+
     return {
+        "pruned by learned gates, tuned longer": lambda name: longer(on, name, learned()),
         "mixture, random router": lambda name: mixed(on, name, found["importance"]["encoder"], True),
         "pruned at random 1": lambda name: pruned(on, name, on.drawn(on.kept, 1)),
         "fewer heads from the start, slower": lambda name: smaller(on, name, RATE),

@@ -465,6 +465,7 @@ def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, mo
     assert "stopped by Ctrl-C; what was measured is in" in capsys.readouterr().err
     half = read_ladder(folder / "ladder-mine.json")
     assert not half.complete and len(half.rungs) == 2 and "--gate-steps 3" in half.command
+    assert all(half.command.count(f"--{name.replace('_', '-')} ") == 1 for name in (*SIZES, "seed", "device"))
     monkeypatch.setattr(cli, "_progress", progress)
     assert main(line) == 0
     whole = read_ladder(folder / "ladder-mine.json")
