@@ -53,8 +53,13 @@ class HeadGates(nn.Module):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be one of torch's for real numbers, got {dtype!r}")
         check_device(device)
-        start = torch.full((num_heads,), float(start), device=device, dtype=dtype)
-        self.log_alpha, self.finish = nn.Parameter(start), finish
+        self.log_alpha = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.start, self.finish = float(start), finish
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "All gates as they start."
+        nn.init.constant_(self.log_alpha, self.start)
 
     def forward(
         self,

@@ -53,6 +53,15 @@ class Routes(NamedTuple):
     scores: Float[Tensor, "b n h"]     # probabilities of the routed heads, before the choice; 0 for shared ones
 
 
+class _Router(nn.Linear):
+    "A linear map that starts small, so that no head is far ahead of the others at first."
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
 class MixtureOfHeads(nn.Module):
     """A plug for `finish`: each token takes `num_active` of the heads, the first `num_shared`
     always, at weight 1, and of the others those with the largest logits of a linear router.
@@ -83,9 +92,7 @@ class MixtureOfHeads(nn.Module):
             check_callable("finish", finish)
         check_device(device)
         self.num_heads, self.num_active, self.num_shared = num_heads, num_active, num_shared
-        self.router = nn.Linear(embed_dim, num_heads - num_shared, device=device, dtype=dtype)
-        nn.init.normal_(self.router.weight, std=0.02)
-        nn.init.zeros_(self.router.bias)
+        self.router = _Router(embed_dim, num_heads - num_shared, device=device, dtype=dtype)
         self.finish = finish
 
     def route(
