@@ -7,7 +7,7 @@ __all__ = ['prune_heads', 'prune_model', 'match_heads']
 
 # %% ../../nbs/19b_prune_heads.ipynb #imports
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -134,10 +134,10 @@ def _leave_behind(layer: MultiHeadAttention, new: MultiHeadAttention, gone: list
 # %% ../../nbs/19b_prune_heads.ipynb #prune-model
 def prune_model(
     model: nn.Module,                       # left as it is
-    heads: dict[str, Iterable[int]],        # by the names of `model.named_modules()`
+    heads: Mapping[str, Iterable[int]],     # by the names of `model.named_modules()`
     *,
     # by the same names, or some of them
-    means: dict[str, Float[Tensor, "h dv"]] | None = None,
+    means: Mapping[str, Float[Tensor, "_h _dv"]] | None = None,
 ) -> nn.Module:                             # a copy
     """A copy of a model whose layers are pruned, each by `prune_heads`: they may then have
     different numbers of heads. A layer that stands in several places is pruned in all of them.
@@ -145,7 +145,7 @@ def prune_model(
     Raises as `prune_heads` does, with the layer's name, before anything is copied; ValueError for
     names that are no layers of the model, and for weights of a pruned layer that others use too.
     """
-    if means is not None and not isinstance(means, dict):
+    if means is not None and not isinstance(means, Mapping):
         raise TypeError(f"means must be a dict, names of layers to means, got {type(means).__name__}")
     means = means or {}
     if strange := [name for name in means if name not in heads]:
@@ -188,7 +188,7 @@ def match_heads(
 
 def _named_layers(model: nn.Module, heads: dict) -> dict[str, MultiHeadAttention]:
     "The layers that are named; TypeError or ValueError for what names none, or one twice."
-    if not isinstance(heads, dict):
+    if not isinstance(heads, Mapping):
         raise TypeError(f"heads must be a dict, names of layers to their heads that go, got {type(heads).__name__}")
     there = {name: layer for name, layer in model.named_modules(remove_duplicate=False)
              if isinstance(layer, MultiHeadAttention)}
