@@ -207,7 +207,28 @@ def test_all_are_tuned_alike_and_the_whole_model_stays():
     )
     assert not any(p.requires_grad for p in model.parameters())
     ids, key_mask, goal = on.batches[0]
-    torch.testing.assert_close(goal, pooled(on.model, ids, key_mask))
+    torch.testing.assert_close(goal, on.model(ids, key_mask)[-1])
+
+
+def test_the_loss_is_that_of_vectors_and_of_real_tokens():
+    on = small_encoder()
+    model = on.cut([[0, 1], [1, 2, 3]])
+    ids, key_mask, goal = max(on.batches, key=lambda batch: (~batch[1]).sum())
+    assert not key_mask.all()
+    rows = [(state[real], aim[real]) for state, aim, real in zip(model(ids, key_mask)[-1], goal, key_mask)]
+    unit = [[x.mean(0) / x.mean(0).norm() for x in pair] for pair in rows]
+    vectors = sum(((a - b) ** 2).sum() for a, b in unit) / len(unit)
+    states = sum(((a - b) ** 2).sum() for a, b in rows) / sum((b**2).sum() for _, b in rows)
+    assert distance(model, ids, key_mask, goal).item() == pytest.approx((vectors + states).item(), rel=1e-4)
+    assert distance(on.model, ids, key_mask, goal).item() == pytest.approx(0, abs=1e-9)
+    torch.testing.assert_close(pooled(on.model, ids, key_mask), torch.stack([b for _, b in unit]))
+
+
+def test_longer_is_the_same_heads_four_times_as_long(straight):
+    file = as_ladder(straight)
+    for name in "pruned by importance", "pruned by learned gates":
+        rung, longer = file.rung("encoder", name), file.rung("encoder", f"{name}, tuned longer")
+        assert longer.kept == rung.kept and longer.steps == 4 * rung.steps and longer.rate == rung.rate
 
 
 def test_the_learning_rate_rises_and_falls(monkeypatch):
@@ -221,7 +242,7 @@ def test_the_learning_rate_rises_and_falls(monkeypatch):
     on.tune(make_mixture(on, [[4.0, 3.0, 2.0, 1.0]] * 2), 1e-3)
     blocks, routers = zip(*seen, strict=True)
     assert blocks == pytest.approx([1e-3 * min(1, (s + 1) / 10) * (1 - s / 20) for s in range(20)])
-    assert routers == pytest.approx([20 * rate for rate in blocks])
+    assert routers == pytest.approx([10 * rate for rate in blocks])
 
 
 def test_a_frozen_router_stays_as_it_was_drawn():
@@ -487,7 +508,7 @@ def test_nothing_measured_is_nothing_written(command, capsys, monkeypatch):
     [
         ("ladder parrot", "unknown model 'parrot'; there are encoder, language"),
         ("ladder --lines 12", "--lines 12 must be 8 to 512, a multiple of 8"),
-        ("ladder --steps 0", "--steps 0 must be 1 to 400"),
+        ("ladder --steps 0", "--steps 0 must be 1 to 300"),
         ("ladder --json {}/heads-mine.json", "of the ladder with ladder"),
         ("bench --json {}/ladder.json", "of the ladder with ladder"),
         ("ladder --json {}/ladder-text.json", "ladder-text.json: "),
@@ -509,7 +530,7 @@ def test_the_books_file_is_complete():
     found = read_ladder(ROOT / "nbs" / "measured" / "ladder.json")
     assert found.complete and "+" not in found.commit
     for rung in found.rungs:
-        tuned = rung.model == "encoder" and rung.steps
-        assert (rung.steps, len(rung.course)) == ((found.sizes["steps"], 10) if tuned else (0, 0))
+        steps = found.sizes["steps"] * (4 if rung.name.endswith("tuned longer") else 1)
+        assert (rung.steps, len(rung.course)) in ((0, 0), (steps, 10)) and bool(rung.steps) == bool(rung.rate)
     assert found.rung("encoder", "pruned by importance").active == 50
     assert "pruned by importance" in show_ladder(found)

@@ -778,6 +778,8 @@ def ranked(device):
     with mha_book.scaled_heads(layer, {"": torch.ones(layer.layout.num_heads, device=device)}, means):
         plug = layer.finish
         return layer, y, layer(x), means, plug.scale
+
+
 def budgeted(device):
     "Two levels for two inputs, chosen and told."
     layer, x = layer_of(device), tokens(device)

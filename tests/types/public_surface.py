@@ -73,6 +73,8 @@ with mha_book.commit_once(*caches):
 wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
 narrow: MultiHeadAttention = mha_book.prune_heads(MultiHeadAttention(64, 4), [1, 3], means=torch.zeros(4, 16))
 smaller: nn.Module = mha_book.prune_model(nn.Sequential(narrow), {"0": range(1)}, means={"0": torch.zeros(2, 16)})
+to_go: dict[str, tuple[int, ...]] = mha_book.least_heads({"0": torch.rand(2)}, 1)
+smaller = mha_book.prune_model(nn.Sequential(narrow), to_go)
 gates: dict[str, mha_book.HeadGates] = mha_book.add_gates(smaller, start=1.5)
 open_heads: Tensor = mha_book.open_price(smaller) + gates["0"].expected_open() + gates["0"].draw(2).sum()
 ungated: nn.Module = mha_book.prune_gated(smaller)

@@ -755,3 +755,10 @@ def test_a_cache_keeps_fewer_keys():
     with torch.no_grad():
         close(torch.cat([layer(one, cache=cache) for one in x.split(1, 1)], 1), layer(x, is_causal=True))
     assert cache.nbytes * s.g == KVCache(s.b, s.g, s.n, s.d, **float64).nbytes * (s.g - 1)
+
+
+def test_means_of_layers_that_differ():
+    layers = nn.Sequential(MultiHeadAttention(24, 6), MultiHeadAttention(24, 4))
+    means = {"0": torch.rand(6, 4), "1": torch.rand(4, 6)}
+    new = prune_model(layers, {"0": (1,), "1": (0, 3)}, means=means)
+    assert [layer.layout.num_heads for layer in new] == [5, 2]
