@@ -124,6 +124,11 @@ precision: $(READY) ## store keys and values in few bits, by some twenty rules (
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book precision --json nbs/measured/precision-yours.json
 
+.PHONY: ladder
+ladder: $(READY) ## do without heads, by some twenty rules and trainings (half an hour on a CPU; goes on where it was stopped)
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book ladder --json nbs/measured/ladder-yours.json
+
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)
 	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py

@@ -56,6 +56,17 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.grouped import folded_attend, repeat_kv_heads
+from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
+from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
+from mha_book.variants.head_importance import (
+    ScaledHeads,
+    ablation_effects,
+    head_importance,
+    head_means,
+    least_heads,
+    scaled_heads,
+    without_heads,
+)
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -67,6 +78,8 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
+from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
     Sensitivity,
     allocate_precision,
@@ -89,7 +102,7 @@ __all__ = [
     "RoPELlama3Scaling", "rotate_by_tables",
     "RotatedPosition", "hadamard",
     # Into `finish`
-    "Finish", "OutputGate",
+    "Finish", "OutputGate", "HeadGates", "MixtureOfHeads",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -110,6 +123,12 @@ __all__ = [
     # Which heads need bits
     "Sensitivity", "head_sensitivity", "joint_effect", "allocate_precision",
     "allocation_bound",
+    # Fewer heads
+    "ScaledHeads", "scaled_heads", "without_heads", "head_means", "ablation_effects",
+    "head_importance", "least_heads", "prune_heads", "prune_model", "match_heads",
+    "add_gates", "open_price", "prune_gated",
+    "Routes", "balance_loss", "recorded_routes", "skip_heads",
+    "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

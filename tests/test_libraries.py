@@ -27,15 +27,17 @@ from mha_book import (
 )
 from mha_book.bench import suites, suites_language
 from mha_book.heads.dialects import DIALECTS, Dialect, convert_weights, from_state_dict
+from mha_book.heads.layer import MultiHeadAttention
 from mha_book.heads.masks import MASK_DIALECTS, convert_mask, from_torch
 from mha_book.heads.single_head import plain_attention
 from mha_book.heads.which_dialect import guess_dialect
 from mha_book.instruments.cache_size import PUBLISHED
-from mha_book.instruments.testing import SIZES
+from mha_book.instruments.testing import SIZES, assert_as_exact
 from mha_book.lab.one_wrong_line import hamlet
 from mha_book.models.encoder import encode
 from mha_book.models.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
 from mha_book.plugs.positions import alibi_slopes, relative_buckets
+from mha_book.variants.prune_heads import match_heads, prune_heads
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -316,6 +318,73 @@ def test_the_dialect_of_a_fused_tensor_is_found(case):
     assert all(errors[name] > 0.01 for name in set(errors) - same)
     assert list(errors.values()) == sorted(errors.values())
     assert g == 1 or case.dialect == "conv1d" or len(errors) > len(same)  # and something wrong was tried
+
+
+# Fewer heads
+
+
+REAL = {  # the sizes of the published models, two layers of each; where the last product of a layer stands
+    "GPT-2": (dict(n_layer=2), "h.{}.attn.", "c_proj"),
+    "BERT": (dict(num_hidden_layers=2), "encoder.layer.{}.attention.", "output.dense"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_pruned_layer_is_their_layer_that_reads_nothing_of_these_heads(name):
+    "Transformers of today has no mask for heads: where its last product reads one that goes, its weight is 0 there."
+    (config, prefix, last), case = REAL[name], MODELS[name]
+    transformers = library("transformers")
+    made = getattr(transformers, case.kind.replace("Model", "Config"))(**config)
+    model = getattr(transformers, case.kind)(made).eval()
+    fill(p for place, p in model.named_parameters() if place.endswith("bias"))
+    for i, gone in enumerate([[0, 3, 4, 11], [*range(1, 12)]]):
+        own = replace(case, heads=HeadLayout(12, 12, 64), prefix=prefix.format(i))
+        layer = own.layer(model)
+        small = prune_heads(layer, gone)
+        assert small.layout == HeadLayout(12 - len(gone), 12 - len(gone), 64)
+        weight = model.get_submodule(own.prefix + last).weight.data
+        reads = weight if name == "GPT-2" else weight.T  # a Conv1D has a row for each number that it reads
+        reads.unflatten(0, (12, 64))[gone] = 0
+        x, y = own.asked(model.double())
+        assert_close(small.double()(x, is_causal=case.causal), y)
+        assert not torch.allclose(layer.double()(x, is_causal=case.causal), y, atol=0.01)
+        x, plain = own.asked(model.float())
+        exact = small(x.double(), is_causal=case.causal)
+        assert_as_exact(small.float()(x, is_causal=case.causal), exact, plain)
+
+
+def test_heads_may_differ_from_layer_to_layer_there():
+    "As in Laguna; what a file then says of them, our layers are told one by one."
+    transformers, counts = library("transformers"), [s.g, s.h, 2 * s.g]
+    config = transformers.LagunaConfig(
+        vocab_size=11,
+        **sizes(24, num_hidden_layers=3, num_key_value_heads=s.g, head_dim=s.d),
+        num_attention_heads_per_layer=counts,
+        mlp_layer_types=["dense"] * 3,
+    )
+    layers = transformers.LagunaModel(config).layers
+    assert [len(layer.self_attn.q_proj.weight) // s.d for layer in layers] == counts
+    assert {len(layer.self_attn.k_proj.weight) // s.d for layer in layers} == {s.g}
+    ours = [
+        from_state_dict(
+            layer.self_attn.state_dict(),
+            HeadLayout(h, s.g, s.d),
+            "separate",
+            qk_norm=nn.RMSNorm,
+            ignore=("g_proj",),  # of its output gate
+        )
+        for h, layer in zip(counts, layers)
+    ]
+    options = dict(num_kv_heads=s.g, head_dim=s.d, qk_norm=nn.RMSNorm, bias=ours[0].in_proj.bias is not None)
+    fresh, state = (
+        nn.ModuleList(MultiHeadAttention(24, s.h, **options) for _ in ours),
+        nn.ModuleList(ours).state_dict(),
+    )
+    matched = match_heads(fresh, state)
+    matched.load_state_dict(state)
+    assert [layer.layout.num_heads for layer in matched] == counts
+    x = torch.randn(s.b, s.n, 24)
+    assert all(torch.equal(one(x), other(x)) for one, other in zip(matched, ours))
 
 
 # Positions of Transformers

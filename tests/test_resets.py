@@ -25,7 +25,10 @@ from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
+from mha_book.variants.head_budget import HeadBudget
+from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
+from mha_book.variants.mixture_of_heads import MixtureOfHeads
 
 E, H, G, D, DV, C = 240, 6, 3, 48, 24, 160  # wide enough that a spread is known to a few percent
 ENCODER = EncoderConfig(300, E, H, 2, 320, 50, 2, 1e-5)
@@ -67,6 +70,10 @@ MODULES = {
     "Encoder": lambda: Encoder(ENCODER),
     "DecoderLayer": lambda: DecoderLayer(language_config(), RoPE(D, 1e4), fused_attend),
     "LanguageModel": lambda: LanguageModel(language_config()),
+    "HeadBudget": lambda: HeadBudget(E, 3),
+    "HeadGates": lambda: layer(finish=HeadGates(H)),
+    "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
+    "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
     "Block": lambda: Block(layer(), E),
 }
 ELSEWHERE = {
@@ -75,6 +82,7 @@ ELSEWHERE = {
     "ALiBi",
     "CopyModel",
     "Watched",
+    "AdaptiveHeads",
 }  # with their own tests, or made of these
 
 

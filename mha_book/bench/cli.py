@@ -1,5 +1,5 @@
 """The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out, `precision` rounds
-them; each can refuse.
+them, `ladder` does without them; each can refuse.
 
 A number can be printed for any setting. A setting whose number would mean nothing is refused, with the reason and with
 what would do. A command that is broken off writes what was measured, and says so in one line.
@@ -7,10 +7,6 @@ what would do. A command that is broken off writes what was measured, and says s
 
 import argparse
 import math
-import shlex
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,9 +20,13 @@ from ..lab.stress import TREATMENTS, Run, Training
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
 from .contests import announce, hold_suite
-from .ending import STOPS, exit_code, give_up, is_watched, reason, say, to_the_end, undisturbed, warn
+from .ending import STOPS, to_the_end, warn
 from .files import check_writable
-from .measured import OTHERS, Measurement, Origin, provenance, write_file
+from .keeping import _command, _keep, _progress
+from .ladder import Ladder, as_ladder, read_ladder, run_ladder, show_ladder
+from .ladder_plan import LADDERS
+from .ladder_sizes import SIZES as LADDER_SIZES
+from .measured import OTHERS, Measurement, provenance, write_file
 from .memory import check_memory, chosen_dtype
 from .precision import Precision, as_precision, read_precision, run_precision, show_precision
 from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mha-book", description="Measure multi-head attention on this machine.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_to in _add_bench, _add_stress, _add_heads, _add_precision:
+    for add_to in _add_bench, _add_stress, _add_heads, _add_precision, _add_ladder:
         add_to(commands)
     return parser
 
@@ -117,7 +117,7 @@ def _check_common(args: argparse.Namespace) -> torch.device:
             raise ValueError(
                 f"--json {args.json}: names of the stress test's files, and no "
                 f"others, begin with stress, as in stress-yours.json, those "
-                f"of the heads with heads, and those of precision with precision"
+                f"of the heads with heads, of the ladder with ladder, and those of precision with precision"
             )
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda"):
@@ -231,6 +231,36 @@ def _plan_precision(args: argparse.Namespace) -> tuple[list[str], dict[str, int]
     return models, sizes, before, device
 
 
+# mha-book ladder
+
+
+def _add_ladder(commands: argparse._SubParsersAction) -> None:
+    "`mha-book ladder`, what it takes and what it does."
+    ladder = commands.add_parser("ladder", help="do without heads, by some twenty rules and trainings")
+    add = ladder.add_argument
+    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(LADDERS)}; both unless told")
+    for name, (_, usual, _, text) in LADDER_SIZES.items():
+        add(f"--{name.replace('_', '-')}", type=int, default=usual, metavar="N", help=text)
+    add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
+    add("--seed", type=int, default=0, help="of all that is drawn, and of the intervals (0)")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all scores: ladder-yours.json, say; one that was broken off is taken up",
+    )
+    ladder.set_defaults(refuse=ladder.error, plan=_plan_ladder, run=_ladder)
+
+
+def _plan_ladder(args: argparse.Namespace) -> tuple[list[str], dict[str, int], Ladder | None, torch.device]:
+    "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
+    models, sizes = checked_models(args.models), checked_sizes(vars(args), LADDER_SIZES)
+    check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
+    device = _check_common(args)
+    before = read_ladder(args.json) if args.json is not None and args.json.exists() else None
+    return models, sizes, before, device
+
+
 # The plan of a benchmark
 
 
@@ -286,44 +316,6 @@ def _bench(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, p
     return max(*codes, _keep(args, Measurement, origin | rest | dict(tables=[asdict(t) for t in tables]), stop))
 
 
-def _keep(
-    args: argparse.Namespace,
-    kind: type[Origin],
-    found: dict | None,  # a `kind` without its command; None where nothing was measured
-    stop: BaseException | None,  # what broke the command off
-    show: Callable[[], str] | None = None,  # what is printed in the end
-) -> int:
-    "Write down what was measured, whatever broke the command off; then show it, and say how it ended: an exit code."
-    written, faults = False, [stop]
-    if found and args.json is not None:  # first of all, whatever happens to the screen
-        written, late = _write(args, kind, found)
-        faults.append(late)
-    if found and not isinstance(stop, OSError):  # somebody still reads
-        last = f"written: {args.json}" if written else "" if args.json is not None else "not written: no --json"
-        try:
-            say("\n".join([show() if show else "", last]).rstrip(), flush=True)
-        except OSError as unread:
-            faults.append(unread)
-    outcome = f"in {args.json}" if written else "not in a file"
-    outcome = f"what was measured is {outcome}" if found else "nothing was measured, and nothing is written"
-    for fault in filter(None, faults):
-        warn("\n" * is_watched() + f"{reason(fault)}; {outcome}")
-    give_up(sys.stdout)
-    return max(map(exit_code, faults))
-
-
-def _write(args: argparse.Namespace, kind: type[Origin], found: dict) -> tuple[bool, BaseException | None]:
-    "Write the file of --json: whether it is written, and what failed or came meanwhile."
-    written = False
-    try:
-        with undisturbed():
-            write_file(kind, args.json, found | dict(command=_command(args)))
-            written = True
-    except (KeyboardInterrupt, OSError, ValueError) as error:
-        return written, error
-    return written, None
-
-
 # Training, and taking heads out
 
 
@@ -335,19 +327,6 @@ def _stress(
     found, stop = run_trials(names, rates, seeds, training, device, _progress())
     runs = [Run(**run) for run in found["runs"]]
     return _keep(args, Trials, found if runs else None, stop, lambda: show_trials(runs, training))
-
-
-def _progress() -> Callable[[int, int], None]:
-    "Tells the person at the screen how many are done, and how long the rest takes."
-    begin = time.monotonic()
-
-    def tell(done, of):
-        if is_watched():
-            left = (time.monotonic() - begin) / max(done, 1) * (of - done) / 60
-            text = f"  {done} of {of} done, about {left:.0f} min left"
-            warn("\r\033[K" + (text if 0 < done < of else ""), end="")
-
-    return tell
 
 
 def _heads(args: argparse.Namespace, device: torch.device) -> int:
@@ -375,20 +354,25 @@ def _precision(
     return _keep(args, Precision, None if empty else found, stop, lambda: show_precision(as_precision(found)))
 
 
+def _ladder(
+    args: argparse.Namespace, models: list[str], sizes: dict[str, int], before: Ladder | None, device: torch.device
+) -> int:
+    "Climb every rung, write each down at once, and show what they come to: an exit code."
+    subjects = [LADDERS[name](sizes, args.seed, device) for name in models]
+
+    def keep(found: dict) -> None:
+        if args.json is not None:
+            write_file(Ladder, args.json, found | dict(command=_command(args)))
+
+    try:
+        found, stop = run_ladder(subjects, sizes, args.seed, before, _progress(), keep)
+    except ValueError as error:
+        args.refuse(f"--json {args.json}: {error}")
+    empty = not (found["importance"] or found["rungs"] or found["tables"])
+    return _keep(args, Ladder, None if empty else found, stop, lambda: show_ladder(as_ladder(found)))
+
+
 # The command
-
-
-def _command(args: argparse.Namespace) -> str:
-    "The command that was given, without what only this machine knows: the file's folder."
-    given = vars(args)
-    words = ["mha-book", args.command, *(given.get("suites") or given.get("treatments") or given.get("models") or ())]
-    for name in ("passages", *TEXTS, "device", "dtype", "rounds", "seeds", "seed", "steps"):
-        if given.get(name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(given[name])]
-    for name in ("sizes", "rates"):
-        words += [f"--{name}", *map(str, given[name])] if given.get(name) else []
-    words += ["--quick"] * given.get("quick", False)
-    return shlex.join([*words, "--json", args.json.name])
 
 
 def main(

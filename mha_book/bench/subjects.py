@@ -64,14 +64,15 @@ TEXTS = {  # least, unless told, most, what it is; always a multiple of the leas
 
 
 def checked_sizes(
-    given: dict[str, int],  # by the names of TEXTS
+    given: dict[str, int],  # by the names of `allowed`
+    allowed: dict[str, tuple[int, int, int, str]] = TEXTS,
 ) -> dict[str, int]:
     "The same; ValueError for a number that is too small, too large or no whole number of blocks."
-    for name, (least, _, most, _) in TEXTS.items():
+    for name, (least, _, most, _) in allowed.items():
         if not least <= given[name] <= most or given[name] % least:
             blocks = f", a multiple of {least}" * (least > 1)
             raise ValueError(f"--{name.replace('_', '-')} {given[name]} must be {least} to {most}{blocks}")
-    return {name: given[name] for name in TEXTS}
+    return {name: given[name] for name in allowed}
 
 
 # Models

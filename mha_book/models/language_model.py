@@ -220,9 +220,10 @@ class LanguageModel(nn.Module):
         if window is None:
             self.check_length(max_len)
         like = dict(device=self.word.weight.device, dtype=self.word.weight.dtype)
-        sizes = batch_size, self.config.num_kv_heads, max_len, self.config.head_dim
-        return [KVCache(*sizes, window=window, keep_first=keep_first, **like)
-                for _ in self.layers]
+        layouts = [layer.attention.layout for layer in self.layers]    # each its own
+        return [KVCache(batch_size, g, max_len, d, value_dim=layout.value_dim, window=window,
+                        keep_first=keep_first, **like)
+                for layout in layouts for _, g, d in [layout]]
 
     def check_length(self, length: int) -> None:
         "Raise ValueError where the model was not trained on so many tokens."

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mha_book.bench.ablations import Ablations, read_ablations
+from mha_book.bench.ladder import read_ladder
 from mha_book.bench.measured import memory, provenance, read_measurement, side_by_side, write_file
 from mha_book.bench.precision import read_precision
 from mha_book.bench.trials import Trials, read_trials
@@ -21,6 +22,8 @@ ORIGIN = provenance(torch.device("cpu")) | dict(command="mha-book", dtype="float
 ROW = dict(name="a", ratio=1.0, low=0.9, high=1.1, seconds=1e-3, peak_bytes=1, share=0.5, compile_seconds=None, note="")
 TRAINING = dict(vocab=7, tokens=10, width=12, heads=3, blocks=2, batch=2, steps=20, warm_up=5, record=5)
 POINT = dict(model="m", rule="uniform", budget=4.5, exact_first=0, way="rounded", bits=4.5, scores=[0.1, 0.2])
+RUNG = dict(model="m", name="one", kept=[[[0]]], given=[], active=1.0, flops=9.0, steps=0, rate=0.0, seconds=0.0)
+RUNG |= dict(course=[], scores=[0.1, 0.2], distances=[])
 GOOD = {
     "measurement": ORIGIN
     | dict(rounds=15, machine=dict(flops=1e9, bandwidth=1e9))
@@ -38,9 +41,13 @@ GOOD = {
     | dict(traits={"m": {"entropy": {"a": [0.5]}}})
     | dict(effects=[dict(model="m", exact_first=0, layer="a", effects=[[[0.1]], [[0.2]]])])
     | dict(points=[POINT, POINT | dict(rule="other")]),
+    "ladder": ORIGIN
+    | dict(complete=False, seconds=1.5, sizes=dict(texts=2), layouts={"m": [[2, 1, 4, 4]]}, kinds=[])
+    | dict(lengths={"m": [5, 6]}, importance={"m": [[0.1, 0.2]]}, tables=[])
+    | dict(rungs=[RUNG, RUNG | dict(name="other")]),
 }
 READ = {"measurement": read_measurement, "trials": read_trials, "ablations": read_ablations}
-READ |= {"precision": read_precision}
+READ |= {"precision": read_precision, "ladder": read_ladder}
 
 
 def test_the_files_that_are_broken_below_are_good_ones(tmp_path):

@@ -28,7 +28,9 @@ from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, dist
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
+from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import hadamard
+from mha_book.variants.mixture_of_heads import MixtureOfHeads
 from support.refusals import refused
 
 INT4 = HeadPrecision.uniform(3, "int4")
@@ -38,7 +40,9 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "ExtraKeys": lambda device: ExtraKeys(3, 8, device=device),
     "HeadTemperature": lambda device: HeadTemperature(6, device=device),
     "SinkAttention": lambda device: SinkAttention(6, device=device),
+    "HeadGates": lambda device: HeadGates(6, device=device),
     "OutputGate": lambda device: OutputGate(48, 6, device=device),
+    "MixtureOfHeads": lambda device: MixtureOfHeads(48, 6, 3, device=device),
     "LearnedPositions": lambda device: LearnedPositions(7, 48, device=device),
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),
@@ -52,6 +56,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "query_places": lambda device: query_places(5, 7, device),
     "distances": lambda device: distances(5, 7, device),
     "hadamard": lambda device: hadamard(8, device=device),
+    "HeadBudget": lambda device: mha_book.HeadBudget(3, 2, device=device),
     "rope_frequencies": lambda device: rope_frequencies(8, device=device),
 }
 ASKS = MAKES | {  # and what loads, trains, measures, or only asks

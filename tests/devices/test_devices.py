@@ -467,6 +467,26 @@ def gated(device):
     return layer, layer(tokens(device), is_causal=True)
 
 
+def mixture_of(device, **options):
+    plug = mha_book.MixtureOfHeads(s.e, s.h, 4, num_shared=1, device=device, dtype=torch.float64)
+    return layer_of(device, finish=plug, **options)
+
+
+def routed(device):
+    layer, x, real = mixture_of(device), tokens(device), bits(s.b, s.n, device=device)
+    with mha_book.recorded_routes(layer) as found:
+        y = layer(x, key_mask=real)
+    loss = mha_book.balance_loss(found["finish"][0], real)
+    return layer, found["finish"], torch.autograd.grad(y.sum() + loss, [*layer.parameters()])
+
+
+def skipped(device):
+    layer = mixture_of(device)
+    y = mha_book.skip_heads(layer, tokens(device), key_mask=bits(s.b, s.n, device=device), is_causal=True)
+    turned = mixture_of(device, position=mha_book.RoPE(s.d))
+    return layer, y, mha_book.skip_heads(turned, tokens(device)), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
 def regrouped(device, options):
     layer = layer_of(device, **options(device)[0])
     few, many = mha_book.mean_kv_heads(layer, 1), mha_book.repeat_kv_heads(layer, s.h)
@@ -501,6 +521,40 @@ def by_heads(device, options):
     return layer, new, y, torch.autograd.grad(y.sum(), [*new.parameters()][0])
 
 
+def of_fewer_heads(device, options):
+    "Heads that leave, in a layer and in a model."
+    layer = layer_of(device, **options(device)[0])
+    h, g, _ = layer.layout
+    means = torch.randn(h, layer.layout.value_dim, device=device, dtype=torch.float64)
+    gone, means = range(h // g), None if layer.out_proj.bias is None else means
+    new = mha_book.prune_heads(layer, gone, means=means)
+    model = mha_book.prune_model(nn.Sequential(layer), {"0": gone}, means=means if means is None else {"0": means})
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y = model[0](x, context)
+    return layer, new, y, torch.autograd.grad(y.sum(), [*model.parameters()][0])
+
+
+def behind_gates(device, options):
+    "Gates in training and in eval mode, their price, and what stays of the layer without them."
+    layer = layer_of(device, **options(device)[0])
+    gates = mha_book.add_gates(layer, start=0.5)[""]
+    with torch.no_grad():
+        gates.log_alpha[: len(gates.log_alpha) // layer.layout.num_kv_heads] = -9.0
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y = layer.train()(x, context)
+    grads = torch.autograd.grad(y.sum() + mha_book.open_price(layer), [gates.log_alpha, layer.out_proj.weight])
+    pruned = layer if gates.log_alpha.is_meta else mha_book.prune_gated(layer)  # which reads numbers
+    return layer, gates.draw(s.b), y, grads, pruned.eval()(x, context)
+
+
+def of_saved_heads(device):
+    "A layer of fewer heads into one of more."
+    layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
+    new = mha_book.match_heads(layer, less.state_dict())
+    new.load_state_dict(less.state_dict())
+    return layer, new, new(tokens(device))
+
+
 rope_beneath = mha_book.RoPE(s.d)  # whose frequencies are Python's numbers
 
 
@@ -521,11 +575,19 @@ enter(
     by_heads,
     some_layers,
 )
+enter("prune_heads, prune_model", of_fewer_heads, some_layers)
+enter("HeadGates, add_gates, open_price, prune_gated", behind_gates, some_layers)
 CASES |= {
+    "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
+    "HeadBudget, budget_loss": lambda device: (
+        controller := mha_book.HeadBudget(s.e, 3, device=device, dtype=torch.float64),
+        mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
+    ),
 }
 
 
@@ -705,8 +767,30 @@ def sensitive(device):
     return layer, layer(x)
 
 
+def ranked(device):
+    "What heads are worth is kept on the CPU; means stay where the layer is."
+    layer, x = layer_of(device), tokens(device)
+    means = mha_book.head_means(layer, [(x,)])
+    worth = mha_book.head_importance(layer, [(x,)], means=means) | mha_book.ablation_effects(layer, [(x,)])
+    assert worth[""].device.type == "cpu"
+    with mha_book.without_heads(layer, mha_book.least_heads(worth, 1), means):
+        y = layer(x)
+    with mha_book.scaled_heads(layer, {"": torch.ones(layer.layout.num_heads, device=device)}, means):
+        plug = layer.finish
+        return layer, y, layer(x), means, plug.scale
+
+
+def budgeted(device):
+    "Two levels for two inputs, chosen and told."
+    layer, x = layer_of(device), tokens(device)
+    controller = mha_book.HeadBudget(3, 2, device=device, dtype=torch.float64).fit(x[:, 0, :3])
+    ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": [0, 1]}], controller, lambda model, x: x[:, 0, :3])
+    return ways, ways(x), ways(x, levels=torch.arange(2, device=device))
+
+
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
+    "skip_heads": skipped,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(
@@ -733,7 +817,9 @@ READ_VALUES = {  # whose result depends on numbers, which the meta device has no
         mha_book.guess_dialect(layer.state_dict(), layer.layout, x, layer(x)),
     )[:2],
     "NINE_WAYS: FlexAttention": partial(way, options="FlexAttention"),
+    "ScaledHeads, scaled_heads, without_heads, head_means, ablation_effects, head_importance, least_heads": ranked,
     "Sensitivity, head_sensitivity, allocate_precision, allocation_bound, joint_effect": sensitive,
+    "AdaptiveHeads, Budgeted": budgeted,
 }
 WITHOUT_TENSORS = {
     "Attend",
@@ -755,6 +841,7 @@ WITHOUT_TENSORS = {
 ALSO_ON_THE_CPU = {
     "AttentionHead",
     "HeadList",  # take no device: made on the default device, then moved
+    "match_heads",  # reads and writes what is saved, as the next does
     "MultiHeadAttention, saved and loaded",  # whose head counts are three integers on the CPU, wherever the layer is
 }
 

@@ -20,6 +20,7 @@ from mha_book import (
     KVCache,
     LearnedPositions,
     MixedPrecision,
+    MixtureOfHeads,
     MultiHeadAttention,
     OutputGate,
     PagedCache,
@@ -52,6 +53,8 @@ tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones
 positions: list[Position] = [RoPE(16), tables, *(RoPE(16, frequencies=scaling) for scaling in scalings)]
 positions.append(RotatedPosition(RoPE(16), mha_book.hadamard(16)))
 finishes: list[Finish] = [OutputGate(64, 4)]
+finishes.append(MixtureOfHeads(64, 4, 3, num_shared=1, finish=OutputGate(64, 4)))
+finishes.append(mha_book.HeadGates(4, start=1, finish=finishes[0]))
 pool = BlockPool(8, 4, 4, 16)
 rounded = mha_book.HeadPrecision.uniform(4, "int4", "int3", group=32, exact_first=1)
 quantized = QuantizedKVCache(2, rounded, 32, 16)
@@ -68,6 +71,14 @@ weight: Tensor = projection.weight[rows]
 with mha_book.commit_once(*caches):
     y: Tensor = layer(x, cache=caches[0])
 wide: MultiHeadAttention = mha_book.pad_heads(MultiHeadAttention(64, 4), 6)
+narrow: MultiHeadAttention = mha_book.prune_heads(MultiHeadAttention(64, 4), [1, 3], means=torch.zeros(4, 16))
+smaller: nn.Module = mha_book.prune_model(nn.Sequential(narrow), {"0": range(1)}, means={"0": torch.zeros(2, 16)})
+to_go: dict[str, tuple[int, ...]] = mha_book.least_heads({"0": torch.rand(2)}, 1)
+smaller = mha_book.prune_model(nn.Sequential(narrow), to_go)
+gates: dict[str, mha_book.HeadGates] = mha_book.add_gates(smaller, start=1.5)
+open_heads: Tensor = mha_book.open_price(smaller) + gates["0"].expected_open() + gates["0"].draw(2).sum()
+ungated: nn.Module = mha_book.prune_gated(smaller)
+matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
 latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
@@ -135,3 +146,25 @@ measured: mha_book.Sensitivity = mha_book.head_sensitivity(layer, [(x,)], ["int4
 precisions = mha_book.allocate_precision(measured, 12.0)
 sum_of_effects: list[float] = [measured.predict(precisions), mha_book.allocation_bound(measured, 12.0)]
 together: float = mha_book.joint_effect(layer, [(x,)], precisions)
+
+# what a head is worth
+worth: dict[str, Tensor] = mha_book.head_importance(layer, [(x,)])
+worth = mha_book.ablation_effects(layer, [(x,)], means=mha_book.head_means(layer, [(x,)]))
+gone: dict[str, tuple[int, ...]] = mha_book.least_heads(worth, 1)
+scaling: Finish = mha_book.ScaledHeads(torch.ones(4))
+with mha_book.without_heads(layer, gone), mha_book.scaled_heads(layer, {"": torch.ones(4)}):
+    y = layer(x)
+# fewer heads: a few for each token
+routes: mha_book.Routes = MixtureOfHeads(64, 4, 2).route(x)
+balance: Tensor = mha_book.balance_loss(routes, torch.ones(2, 8, dtype=torch.bool))
+with mha_book.recorded_routes(layer) as recorded:
+    y = layer(x)
+per_plug: dict[str, list[mha_book.Routes]] = recorded
+skipped: Tensor = mha_book.skip_heads(layer, x, is_causal=True)
+# a number of heads that adapts to the input
+controller = mha_book.HeadBudget(3, 2, hidden_dim=8).fit(torch.randn(5, 3))
+expected: Tensor = mha_book.budget_loss(controller(x[:, 0, :3]), torch.rand(2, 2), torch.rand(2), 0.1)
+ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controller, lambda model, x: x[:, 0, :3])
+found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
+given: list[Tensor] = [found.output, found.levels, found.num_heads]
+more: int = ways.extra_bytes
