@@ -37,6 +37,8 @@ from mha_book.lab.one_wrong_line import hamlet
 from mha_book.models.encoder import encode
 from mha_book.models.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
 from mha_book.plugs.positions import alibi_slopes, relative_buckets
+from mha_book.variants.head_gates import HeadGates, prune_gated
+from mha_book.variants.mixture_of_heads import MixtureOfHeads, skip_heads
 from mha_book.variants.prune_heads import match_heads, prune_heads
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -351,6 +353,52 @@ def test_a_pruned_layer_is_their_layer_that_reads_nothing_of_these_heads(name):
         x, plain = own.asked(model.float())
         exact = small(x.double(), is_causal=case.causal)
         assert_as_exact(small.float()(x, is_causal=case.causal), exact, plain)
+
+
+def real_layer(name):
+    "A model of theirs, where its first layer is, ours with its weights, and what its last product reads: h d e."
+    (config, prefix, last), case = REAL[name], MODELS[name]
+    transformers = library("transformers")
+    made = getattr(transformers, case.kind.replace("Model", "Config"))(**config)
+    model = getattr(transformers, case.kind)(made).eval().double()
+    fill(p for place, p in model.named_parameters() if place.endswith("bias"))
+    own = replace(case, heads=HeadLayout(12, 12, 64), prefix=prefix.format(0))
+    product = model.get_submodule(own.prefix + last)
+    reads = product.weight.data if name == "GPT-2" else product.weight.data.T
+    return model, own, own.layer(model), reads.unflatten(0, (12, 64)), product.bias.data
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_gated_layer_is_their_layer_that_reads_so_much_of_each_head(name):
+    model, own, layer, reads, _ = real_layer(name)
+    layer.finish = HeadGates(12, dtype=torch.float64)
+    layer.finish.log_alpha.data = torch.tensor([-9.0, 9.0, 0.5] * 4, dtype=torch.float64)
+    layer.eval()
+    assert layer.finish.closed() == [0, 3, 6, 9]
+    reads *= layer.finish.gates().detach()[:, None, None]
+    x, y = own.asked(model)
+    assert_close(layer(x, is_causal=own.causal), y)
+    small = prune_gated(layer)
+    assert small.layout == HeadLayout(8, 8, 64) and small.finish is None
+    assert_close(small(x, is_causal=own.causal), y)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_mixture_is_the_sum_of_their_layers_that_read_one_head_each(name):
+    model, own, layer, reads, bias = real_layer(name)
+    layer.finish = MixtureOfHeads(768, 12, 7, num_shared=2, dtype=torch.float64)
+    nn.init.normal_(layer.finish.router.weight)
+    whole, mixed = reads.clone(), bias
+    for i in range(12):
+        reads.zero_()
+        reads[i] = whole[i]
+        torch.manual_seed(1)  # the same tokens each time
+        x, y = own.asked(model)
+        weights = layer.finish.route(x).weights
+        mixed = mixed + weights[..., i : i + 1] * (y - bias)
+    assert (weights > 0).sum(-1).unique().tolist() == [7]
+    assert_close(layer(x, is_causal=own.causal), mixed)
+    assert_close(skip_heads(layer, x, is_causal=own.causal), mixed)
 
 
 def test_heads_may_differ_from_layer_to_layer_there():
