@@ -7,7 +7,9 @@ what would do. A command that is broken off writes what was measured, and says s
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from .keeping import _command, _keep, _progress
 from .ladder import Ladder, as_ladder, read_ladder, run_ladder, show_ladder
 from .ladder_plan import LADDERS
 from .ladder_sizes import SIZES as LADDER_SIZES
-from .measured import OTHERS, Measurement, provenance, write_file
+from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
 from .precision import Precision, as_precision, read_precision, run_precision, show_precision
 from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
@@ -201,63 +203,45 @@ def _plan_heads(args: argparse.Namespace) -> tuple[torch.device]:
     return (_check_common(args),)
 
 
-# mha-book precision
+# mha-book precision, mha-book ladder: models are asked step by step, and files are taken up again
 
 
 def _add_precision(commands: argparse._SubParsersAction) -> None:
     "`mha-book precision`, what it takes and what it does."
-    precision = commands.add_parser("precision", help="store keys and values in few bits, by a dozen rules")
-    add = precision.add_argument
-    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(SUBJECTS)}; both unless told")
-    for name, (_, usual, _, text) in TEXTS.items():
-        add(f"--{name.replace('_', '-')}", type=int, default=usual, metavar="N", help=text)
-    add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
-    add("--seed", type=int, default=0, help="of the rules that draw lots, and of the intervals (0)")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write all scores: precision-yours.json, say; one that was broken off is taken up",
-    )
-    precision.set_defaults(refuse=precision.error, plan=_plan_precision, run=_precision)
-
-
-def _plan_precision(args: argparse.Namespace) -> tuple[list[str], dict[str, int], Precision | None, torch.device]:
-    "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
-    models, sizes = checked_models(args.models), checked_sizes(vars(args))
-    check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
-    device = _check_common(args)
-    before = read_precision(args.json) if args.json is not None and args.json.exists() else None
-    return models, sizes, before, device
-
-
-# mha-book ladder
+    text, lots = "store keys and values in few bits, by a dozen rules", "of the rules that draw lots"
+    _add_stepwise(commands, "precision", text, TEXTS, lots, read_precision, _precision)
 
 
 def _add_ladder(commands: argparse._SubParsersAction) -> None:
     "`mha-book ladder`, what it takes and what it does."
-    ladder = commands.add_parser("ladder", help="do without heads, by some twenty rules and trainings")
-    add = ladder.add_argument
-    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(LADDERS)}; both unless told")
-    for name, (_, usual, _, text) in LADDER_SIZES.items():
-        add(f"--{name.replace('_', '-')}", type=int, default=usual, metavar="N", help=text)
+    text, lots = "do without heads, by some twenty rules and trainings", "of all that is drawn"
+    _add_stepwise(commands, "ladder", text, LADDER_SIZES, lots, read_ladder, _ladder)
+
+
+def _add_stepwise(
+    commands: argparse._SubParsersAction, name: str, text: str, allowed: dict, lots: str, read: Callable, run: Callable
+) -> None:
+    "A command on models that is measured step by step, with the sizes that it allows."
+    command = commands.add_parser(name, help=text)
+    add = command.add_argument
+    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(SUBJECTS)}; both unless told")
+    for size, (_, usual, _, what) in allowed.items():
+        add(f"--{size.replace('_', '-')}", type=int, default=usual, metavar="N", help=what)
     add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
-    add("--seed", type=int, default=0, help="of all that is drawn, and of the intervals (0)")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write all scores: ladder-yours.json, say; one that was broken off is taken up",
-    )
-    ladder.set_defaults(refuse=ladder.error, plan=_plan_ladder, run=_ladder)
+    add("--seed", type=int, default=0, help=f"{lots}, and of the intervals (0)")
+    kept = f"write all scores: {name}-yours.json, say; one that was broken off is taken up"
+    add("--json", type=Path, metavar="FILE", help=kept)
+    command.set_defaults(refuse=command.error, plan=partial(_plan_stepwise, allowed=allowed, read=read), run=run)
 
 
-def _plan_ladder(args: argparse.Namespace) -> tuple[list[str], dict[str, int], Ladder | None, torch.device]:
+def _plan_stepwise(
+    args: argparse.Namespace, allowed: dict, read: Callable[[Path], Origin]
+) -> tuple[list[str], dict[str, int], Origin | None, torch.device]:
     "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
-    models, sizes = checked_models(args.models), checked_sizes(vars(args), LADDER_SIZES)
+    models, sizes = checked_models(args.models), checked_sizes(vars(args), allowed)
     check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
     device = _check_common(args)
-    before = read_ladder(args.json) if args.json is not None and args.json.exists() else None
+    before = read(args.json) if args.json is not None and args.json.exists() else None
     return models, sizes, before, device
 
 
@@ -341,17 +325,9 @@ def _precision(
 ) -> int:
     "Measure heads and try the rules, write every score down at once, and show what they come to: an exit code."
     subjects = [SUBJECTS[name](sizes, device) for name in models]
-
-    def keep(found: dict) -> None:
-        if args.json is not None:
-            write_file(Precision, args.json, found | dict(command=_command(args)))
-
-    try:
-        found, stop = run_precision(subjects, sizes, args.seed, before, _progress(), keep)
-    except ValueError as error:
-        args.refuse(f"--json {args.json}: {error}")
-    empty = not (found["traits"] or found["effects"] or found["points"])
-    return _keep(args, Precision, None if empty else found, stop, lambda: show_precision(as_precision(found)))
+    measure = partial(run_precision, subjects, sizes, args.seed, before)
+    results = "traits", "effects", "points"
+    return _by_steps(args, Precision, measure, results, lambda found: show_precision(as_precision(found)))
 
 
 def _ladder(
@@ -359,17 +335,26 @@ def _ladder(
 ) -> int:
     "Climb every rung, write each down at once, and show what they come to: an exit code."
     subjects = [LADDERS[name](sizes, args.seed, device) for name in models]
+    measure = partial(run_ladder, subjects, sizes, args.seed, before)
+    results = "importance", "rungs", "tables"
+    return _by_steps(args, Ladder, measure, results, lambda found: show_ladder(as_ladder(found)))
+
+
+def _by_steps(
+    args: argparse.Namespace, kind: type[Origin], measure: Callable, results: tuple[str, ...], show: Callable
+) -> int:
+    "Measure, and write the file after every step; a file without any of the results is not written in the end."
 
     def keep(found: dict) -> None:
         if args.json is not None:
-            write_file(Ladder, args.json, found | dict(command=_command(args)))
+            write_file(kind, args.json, found | dict(command=_command(args)))
 
     try:
-        found, stop = run_ladder(subjects, sizes, args.seed, before, _progress(), keep)
+        found, stop = measure(_progress(), keep)
     except ValueError as error:
         args.refuse(f"--json {args.json}: {error}")
-    empty = not (found["importance"] or found["rungs"] or found["tables"])
-    return _keep(args, Ladder, None if empty else found, stop, lambda: show_ladder(as_ladder(found)))
+    empty = not any(found[name] for name in results)
+    return _keep(args, kind, None if empty else found, stop, lambda: show(found))
 
 
 # The command

@@ -3,9 +3,8 @@
 What follows from the scores is not in the file: ratios, intervals and verdicts are computed from them.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shorter
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import torch
 
 from ..heads.weight_split import HeadLayout
-from ..instruments.device import _alone
 from ..lab.frontier import bootstrap
-from .ending import STOPS
 from .ladder_plan import planned
 from .measured import Origin, Row, Table, provenance, read_file
+from .stepwise import run_steps, taken_up
 
 # The file
 
@@ -181,24 +179,9 @@ def run_ladder(
     keep: Callable[[dict[str, Any]], object] = lambda found: None,  # gets what is there after each step
 ) -> tuple[dict[str, Any], BaseException | None]:  # a `Ladder` without its command; what stopped it
     "Measure what heads are worth, climb each rung, time them. Ctrl-C or a failure ends it, and what is done is kept."
-    device, begin, stop = subjects[0].device, time.process_time(), None
+    device = subjects[0].device
     found = provenance(device) | _begun(subjects, sizes, seed, before)
-    spent = found["seconds"]
-    with _alone(device):
-        found["threads"] = torch.get_num_threads()
-        steps = planned(subjects, found)
-        try:
-            for done, step in enumerate(steps):
-                tell(done, len(steps))
-                step()
-                found["seconds"] = round(spent + time.process_time() - begin, 1)
-                found["complete"] = done + 1 == len(steps)
-                keep(found)
-            tell(len(steps), len(steps))
-        except STOPS as error:
-            stop = error
-    found["complete"] = not planned(subjects, found)
-    return found, stop
+    return found, run_steps(found, device, lambda: planned(subjects, found), tell, keep)
 
 
 def _begun(subjects: list, sizes: dict[str, int], seed: int, before: Ladder | None) -> dict[str, Any]:
@@ -207,15 +190,8 @@ def _begun(subjects: list, sizes: dict[str, int], seed: int, before: Ladder | No
     found = dict(dtype="float32", threads=1, seed=seed, complete=False, seconds=0.0, sizes=sizes, kinds=kinds)
     found |= dict(layouts={one.name: one.layouts for one in subjects}, importance={}, rungs=[], tables=[])
     found |= dict(lengths={one.name: one.lengths for one in subjects})
-    if before is not None:
-        for field in ("seed", "sizes", "layouts", "kinds", "lengths"):
-            if getattr(before, field) != found[field]:
-                raise ValueError(
-                    f"the file was begun with another {field}: {str(getattr(before, field))[:80]}, now "
-                    f"{str(found[field])[:80]}; take it up as it was begun, or give another name"
-                )
-        found |= {name: asdict(before)[name] for name in ("seconds", "importance", "rungs", "tables")}
-    return found
+    settings = "seed", "sizes", "layouts", "kinds", "lengths"
+    return taken_up(found, before, settings, ("seconds", "importance", "rungs", "tables"))
 
 
 # What it says

@@ -4,7 +4,6 @@ What a rule decides is not in the file: it is computed from the effects and trai
 """
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..heads.weight_split import HeadLayout
-from ..instruments.device import _alone
 from ..lab.frontier import (
     TRAITS,
     Storage,
@@ -30,8 +28,8 @@ from ..lab.frontier import (
 )
 from ..plugs.quantize import KV_FORMATS
 from ..variants.sensitivity import Sensitivity, allocate_precision
-from .ending import STOPS
 from .measured import Origin, provenance, read_file
+from .stepwise import run_steps, taken_up
 from .subjects import GROUP, Subject
 
 # The file
@@ -293,24 +291,9 @@ def run_precision(
     keep: Callable[[dict[str, Any]], object] = lambda found: None,  # gets what is there after each step
 ) -> tuple[dict[str, Any], BaseException | None]:  # a `Precision` without its command; what stopped it
     "Measure the heads, then try each rule. Ctrl-C or a failure ends it, and what is done is kept."
-    device, begin, stop = subjects[0].tests.device, time.process_time(), None
+    device = subjects[0].tests.device
     found = provenance(device) | _begun(subjects, sizes, seed, before)
-    spent = found["seconds"]
-    with _alone(device):
-        found["threads"] = torch.get_num_threads()
-        steps = _steps(subjects, found)
-        try:
-            for done, step in enumerate(steps):
-                tell(done, len(steps))
-                step()
-                found["seconds"] = round(spent + time.process_time() - begin, 1)
-                found["complete"] = done + 1 == len(steps)
-                keep(found)
-            tell(len(steps), len(steps))
-        except STOPS as error:
-            stop = error
-    found["complete"] = not _steps(subjects, found)
-    return found, stop
+    return found, run_steps(found, device, lambda: _steps(subjects, found), tell, keep)
 
 
 def _begun(subjects: list[Subject], sizes: dict[str, int], seed: int, before: Precision | None) -> dict[str, Any]:
@@ -319,15 +302,8 @@ def _begun(subjects: list[Subject], sizes: dict[str, int], seed: int, before: Pr
     formats = {one.name: [*one.formats] for one in subjects}
     found = dict(dtype="float32", threads=1, seed=seed, complete=False, seconds=0.0, sizes=sizes)
     found |= dict(layouts=layouts, formats=formats, traits={}, effects=[], points=[])
-    if before is not None:
-        for field in ("seed", "sizes", "layouts", "formats"):
-            if getattr(before, field) != found[field]:
-                raise ValueError(
-                    f"the file was begun with another {field}: {str(getattr(before, field))[:80]}, now "
-                    f"{str(found[field])[:80]}; take it up as it was begun, or give another name"
-                )
-        found |= {name: asdict(before)[name] for name in ("seconds", "traits", "effects", "points")}
-    return found
+    settings = "seed", "sizes", "layouts", "formats"
+    return taken_up(found, before, settings, ("seconds", "traits", "effects", "points"))
 
 
 def _steps(subjects: list[Subject], found: dict[str, Any]) -> list[Callable[[], None]]:

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .one_wrong_line import swapped_plugs, token_nll
+from .one_wrong_line import token_nll
 from ..models.language_model import DecoderLayer, LanguageModel
+from ..variants.head_importance import scaled_heads
 
 # %% ../../nbs/22c_what_heads_do.ipynb #maps
 @torch.no_grad()
@@ -49,13 +50,9 @@ def _each_without_a_head(
     x: Float[Tensor, "1 n e"],
 ) -> Float[Tensor, "h n e"]:    # row i: what the layer gives without its head i
     "The layer on as many copies of the text as it has heads, each short of another one."
-    h, own = layer.attention.layout.num_heads, layer.attention.attend
-    missing = torch.eye(h, dtype=torch.bool, device=x.device)[..., None, None]
-
-    def attend(q, k, v, **options):
-        return own(q, k, v, **options).masked_fill(missing, 0.0)
-
-    with swapped_plugs([layer], attend=attend):
+    h = layer.attention.layout.num_heads
+    others = 1 - torch.eye(h, device=x.device)[:, None]    # h 1 h: row i counts all but head i
+    with scaled_heads(layer, {"attention": others}):
         return layer(x.expand(h, -1, -1))
 
 

@@ -17,7 +17,7 @@ from ..heads.head_counts import check_answers
 from ..heads.layer import Finish, MultiHeadAttention
 from ..heads.single_head import check_callable, check_count, check_device, check_number, float32_at_least
 from .mixed_precision import fill_socket
-from .prune_heads import _changed, _check_untied, prune_heads
+from .prune_heads import _changed, exchange_layers, prune_heads
 
 
 # %% ../../nbs/19c_head_gates.ipynb #gates
@@ -163,17 +163,11 @@ def prune_gated(
     """
     if isinstance(model, MultiHeadAttention):
         return _without_gates(model)
-    layers, new = {name: layer for name, layer in model.named_modules()
-                   if isinstance(layer, MultiHeadAttention) and isinstance(layer.finish, HeadGates)}, {}
+    layers = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, MultiHeadAttention) and isinstance(layer.finish, HeadGates)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer with gates in its finish")
-    for name, layer in layers.items():
-        _check_untied(model, name, layer)
-        try:
-            new[layer] = _without_gates(layer)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name!r}: {error}") from error
-    return copy.deepcopy(model, {id(layer): pruned for layer, pruned in new.items()})
+    return exchange_layers(model, layers, lambda name, layer: _without_gates(layer))
 
 
 def _without_gates(layer: MultiHeadAttention) -> MultiHeadAttention:
