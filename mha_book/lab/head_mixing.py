@@ -6,9 +6,9 @@
 __all__ = ['filters_floor']
 
 # %% ../../nbs/20g_head_mixing.ipynb #imports
-import torch
-from jaxtyping import Float
-from torch import Tensor
+#| export
+#| setup
+#| code-fold true
 
 # %% ../../nbs/20g_head_mixing.ipynb #floor
 def filters_floor(
