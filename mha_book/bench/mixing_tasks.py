@@ -15,6 +15,7 @@ from ..lab.head_mixing import head_resemblance, shift_task
 from ..models.encoder import package_file
 from ..models.language_model import DecoderLayer, LanguageModelConfig
 from ..plugs.positions import LearnedPositions
+from ..plugs.rope import RoPE
 from .climber import short
 from .mixing_kinds import KINDS, PLAIN, Sizes
 
@@ -82,17 +83,19 @@ def texts() -> tuple[dict[str, Tensor], int]:  # play -> its letters as numbers;
 
 
 class Speaker(nn.Module):
-    "A causal model of letters: learned places, pre-norm blocks with a kind of attention, one table in and out."
+    "A causal model of letters: pre-norm blocks with a kind of attention, places by rotation or learned, one table."
 
     def __init__(self, kind: str, hidden: int):
         super().__init__()
         size = dict(vocab_size=texts()[1], embed_dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS, num_layers=LAYERS)
+        size |= dict(head_dim=WIDTH // HEADS)
         config = LanguageModelConfig(**size, hidden_dim=hidden, max_len=LENGTH, rope_base=1e4, eps=1e-5)
         self.word = nn.Embedding(config.vocab_size, WIDTH)
-        self.places = LearnedPositions(LENGTH, WIDTH)
+        turned = KINDS[kind].base == PLAIN
+        self.places = nn.Identity() if turned else LearnedPositions(LENGTH, WIDTH)
         self.layers = nn.ModuleList(DecoderLayer(config, None, None) for _ in range(LAYERS))
         for i, layer in enumerate(self.layers):
-            layer.attention = KINDS[kind].make(sizes_of_a_layer(), i)
+            layer.attention = KINDS[kind].make(sizes_of_a_layer(turned), i)
         self.norm = nn.RMSNorm(WIDTH, config.eps)
 
     def states(self, ids: Tensor) -> list[Tensor]:
@@ -107,8 +110,11 @@ class Speaker(nn.Module):
         return F.linear(self.norm(self.states(ids)[-1]), self.word.weight)
 
 
-def sizes_of_a_layer() -> Sizes:
-    return dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=WIDTH // HEADS, out_dim=WIDTH)
+def sizes_of_a_layer(turned: bool) -> Sizes:
+    d = WIDTH // HEADS
+    return dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=d, out_dim=WIDTH) | (
+        dict(position=RoPE(d)) if turned else {}
+    )
 
 
 def count(module: nn.Module) -> int:
@@ -224,8 +230,9 @@ def learn_shifts(kind: str, heads: int, rate: float, seed: int, steps: int, devi
     model.to(device)
 
     def loss(sequences: int, generator: torch.Generator) -> Tensor:
+        "Share of the variance that remains."
         x, target = shift_task(sequences, TOKENS, SHIFTS, NUMBERS_EACH, generator)
-        return (model(x.to(device)) - target.to(device)).square().mean()
+        return (model(x.to(device)) - target.to(device)).square().mean() / target.square().mean()
 
     generator = torch.Generator("cpu").manual_seed(seed)
     course = train(model, iter(lambda: lambda: loss(SEQUENCES, generator), None), steps, rate)
