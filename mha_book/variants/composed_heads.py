@@ -233,7 +233,7 @@ class MultiTokenAttention(nn.Module):
         check_device(device)
         self.window, self.scale = window, scale
         self.kernel = nn.Parameter(torch.empty(num_heads, queries, keys, device=device, dtype=dtype))
-        self.mixing = nn.Parameter(torch.empty(num_heads // group, group, group, device=device, dtype=dtype))
+        self.weight_mixing = nn.Parameter(torch.empty(num_heads // group, group, group, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -241,7 +241,7 @@ class MultiTokenAttention(nn.Module):
         nn.init.zeros_(self.kernel)
         with torch.no_grad():
             self.kernel[:, 0, self.kernel.shape[2] // 2] = 1.0
-            self.mixing.copy_(torch.eye(self.mixing.shape[1]))
+            self.weight_mixing.copy_(torch.eye(self.weight_mixing.shape[1]))
 
     def forward(
         self,
@@ -256,8 +256,8 @@ class MultiTokenAttention(nn.Module):
         logits = scaled_logits(q, k, self.scale)
         logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
         weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
-        groups = weights.unflatten(1, self.mixing.shape[:2])
-        weights = torch.einsum("gij,bgjnm->bginm", self.mixing.to(weights.dtype), groups).flatten(1, 2).type_as(v)
+        groups = weights.unflatten(1, self.weight_mixing.shape[:2])
+        weights = torch.einsum("gij,bgjnm->bginm", self.weight_mixing.to(weights.dtype), groups).flatten(1, 2).type_as(v)
         weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
         return weights @ repeat_groups(v, q.shape[1])
 
