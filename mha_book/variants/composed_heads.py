@@ -256,8 +256,9 @@ class MultiTokenAttention(nn.Module):
         logits = scaled_logits(q, k, self.scale)
         logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
         weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
-        groups = weights.unflatten(1, self.weight_mixing.shape[:2])
-        weights = torch.einsum("gij,bgjnm->bginm", self.weight_mixing.to(weights.dtype), groups).flatten(1, 2).type_as(v)
+        mixing = self.weight_mixing.to(weights.dtype)
+        groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
+        weights = groups.flatten(1, 2).type_as(v)
         weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
         return weights @ repeat_groups(v, q.shape[1])
 

@@ -6,14 +6,10 @@
 __all__ = ['DifferentialAttention', 'DifferentialHeads', 'SigmoidAttention']
 
 # %% ../../nbs/20e_differential.ipynb #imports
-import math
-from typing import Unpack
-
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from ..heads.layer import Attend, AttendOptions, MultiHeadAttention
+from ..heads.layer import Attend, MultiHeadAttention
 from ..kernels.backends import attention
 
 # %% ../../nbs/20e_differential.ipynb #differential
