@@ -1,5 +1,5 @@
 """The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out, `precision` rounds
-them, `ladder` does without them; each can refuse.
+them, `ladder` does without them, `mixing` lets them talk; each can refuse.
 
 A number can be printed for any setting. A setting whose number would mean nothing is refused, with the reason and with
 what would do. A command that is broken off writes what was measured, and says so in one line.
@@ -30,6 +30,8 @@ from .ladder_plan import LADDERS
 from .ladder_sizes import SIZES as LADDER_SIZES
 from .measured import OTHERS, Measurement, Origin, provenance, write_file
 from .memory import check_memory, chosen_dtype
+from .mixing import Mixing, as_mixing, read_mixing, run_mixing, show_mixing
+from .mixing_sizes import SIZES as MIXING_SIZES
 from .precision import Precision, as_precision, read_precision, run_precision, show_precision
 from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
 from .suites import Setting, no_compiler
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mha-book", description="Measure multi-head attention on this machine.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_to in _add_bench, _add_stress, _add_heads, _add_precision, _add_ladder:
+    for add_to in _add_bench, _add_stress, _add_heads, _add_precision, _add_ladder, _add_mixing:
         add_to(commands)
     return parser
 
@@ -119,7 +121,8 @@ def _check_common(args: argparse.Namespace) -> torch.device:
             raise ValueError(
                 f"--json {args.json}: names of the stress test's files, and no "
                 f"others, begin with stress, as in stress-yours.json, those "
-                f"of the heads with heads, of the ladder with ladder, and those of precision with precision"
+                f"of the heads with heads, of the ladder with ladder, of mixing with mixing, and "
+                f"those of precision with precision"
             )
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda"):
@@ -241,8 +244,36 @@ def _plan_stepwise(
     models, sizes = checked_models(args.models), checked_sizes(vars(args), allowed)
     check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
     device = _check_common(args)
-    before = read(args.json) if args.json is not None and args.json.exists() else None
-    return models, sizes, before, device
+    return models, sizes, _before(args, read), device
+
+
+# mha-book mixing
+
+
+def _add_mixing(commands: argparse._SubParsersAction) -> None:
+    "`mha-book mixing`, what it takes and what it does."
+    mixing = commands.add_parser("mixing", help="train a dozen ways to mix heads on two tasks, and time them")
+    add = mixing.add_argument
+    for size, (_, usual, _, what) in MIXING_SIZES.items():
+        add(f"--{size.replace('_', '-')}", type=int, default=usual, metavar="N", help=what)
+    add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
+    add("--seed", type=int, default=0, help="the first of the seeds (0)")
+    kept = "write all trainings: mixing-yours.json, say; one that was broken off is taken up"
+    add("--json", type=Path, metavar="FILE", help=kept)
+    mixing.set_defaults(refuse=mixing.error, plan=_plan_mixing, run=_mixing)
+
+
+def _plan_mixing(args: argparse.Namespace) -> tuple[dict[str, int], Mixing | None, torch.device]:
+    "How long, what is measured already, and where; ValueError says why not."
+    sizes = checked_sizes(vars(args), MIXING_SIZES)
+    check_packages(HAMLET)
+    device = _check_common(args)
+    return sizes, _before(args, read_mixing), device
+
+
+def _before(args: argparse.Namespace, read: Callable[[Path], Origin]) -> Origin | None:
+    "What the file of --json holds already."
+    return read(args.json) if args.json is not None and args.json.exists() else None
 
 
 # The plan of a benchmark
@@ -338,6 +369,12 @@ def _ladder(
     measure = partial(run_ladder, subjects, sizes, args.seed, before)
     results = "importance", "rungs", "tables"
     return _by_steps(args, Ladder, measure, results, lambda found: show_ladder(as_ladder(found)))
+
+
+def _mixing(args: argparse.Namespace, sizes: dict[str, int], before: Mixing | None, device: torch.device) -> int:
+    "Train and time every kind, write each down at once, and show what they come to: an exit code."
+    measure = partial(run_mixing, sizes, args.seed, device, before)
+    return _by_steps(args, Mixing, measure, ("runs", "tables"), lambda found: show_mixing(as_mixing(found)))
 
 
 def _by_steps(

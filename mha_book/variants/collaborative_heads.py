@@ -6,13 +6,9 @@
 __all__ = ['CollaborativeHeads', 'collaborate']
 
 # %% ../../nbs/20f_collaborative_heads.ipynb #imports
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 
-from ..heads.layer import Attend, Cache, MultiHeadAttention
-from ..heads.single_head import fused_attend
-from ..heads.weight_split import HeadLayout, merge_heads, split_heads
+from ..heads.layer import MultiHeadAttention
 
 # %% ../../nbs/20f_collaborative_heads.ipynb #collaborative
 class CollaborativeHeads(nn.Module):

@@ -6,14 +6,9 @@
 __all__ = ['ComposedHeads', 'MultiTokenAttention']
 
 # %% ../../nbs/20d_composed_heads.ipynb #imports
-from typing import Unpack
+from torch import nn
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
-from ..heads.layer import AttendOptions, Cache, MultiHeadAttention
-from .talking_heads import mix_heads
+from ..heads.layer import MultiHeadAttention
 
 # %% ../../nbs/20d_composed_heads.ipynb #composed
 class ComposedHeads(MultiHeadAttention):

@@ -13,37 +13,163 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
-from ..kernels.backends import attention
+from mha_book.heads.single_head import (
+    check_callable,
+    check_count,
+    check_device,
+    check_flag,
+    check_number,
+    is_certain,
+    together,
+)
+from ..kernels.backends import AttentionCall, _check_window, attention, checked_call
 
 # %% ../../nbs/20c_interleaved_heads.ipynb #interleaved
 class InterleavedHeads(nn.Module):
-    """A plug for `attend`: each head gets `num_pseudo` pseudo-queries, -keys and -values for each token, mixtures of
-    those of all heads; one softmax runs over all pseudo-keys, and the pseudo-outputs are collapsed to one.
+    """A plug for `attend`: each head gets P pseudo-queries, -keys and -values for each token,
+    mixtures of those of all heads; one softmax runs over all m·P pseudo-keys, and the outputs
+    of the pseudo-queries are added up, each times a learned number.
 
+    A key is visible as its token is: all its pseudo-keys or none. `attend` is given
+    h·P query heads (those of head i in a row) and m·P keys (those of token j in a row), masks
+    and biases that are made for these, and never a window or `is_causal` for P above 1.
+    Starts as plain attention, but for a random `spread`; with spread 0 equal pseudo-heads get
+    equal gradients and never part.
+    Raises TypeError or ValueError for what is no count, size or window, for key-value heads
+    that do not divide the heads, and for a window in `attend`, where keys are pseudo-keys.
     Source: Duvvuri et al. 2026, arXiv 2602.21371.
     """
 
     def __init__(
         self,
         num_heads: int,                     # query heads, h
-        num_pseudo: int,                    # for each head, P
+        num_pseudo: int,                    # pseudo-keys and -values of each head and token, P
         *,
         num_kv_heads: int | None = None,    # key-value heads, g; num_heads unless told
+        num_pseudo_queries: int | None = None,  # of each head and token; num_pseudo unless told
+        across_heads: bool = False,         # whether a head adds up pseudo-outputs of all heads
+        spread: float = 0.02,               # of the random numbers that part pseudo-heads at the start
+        window: int | tuple[int | None, int | None] | None = None,  # in tokens, as in `attention`
         attend: Attend = attention,         # any kernel
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        raise NotImplementedError
+        h, g = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        queries = num_pseudo if num_pseudo_queries is None else num_pseudo_queries
+        _check_counts(h, g, num_pseudo, queries)
+        _check_rest(across_heads, spread, window, attend, device)
+        made = dict(device=device, dtype=dtype)
+        self.mix_q = nn.Parameter(torch.empty(h, queries, h, **made))
+        self.mix_k = nn.Parameter(torch.empty(g, num_pseudo, g, **made))
+        self.mix_v = nn.Parameter(torch.empty(g, num_pseudo, g, **made))
+        self.collapse = nn.Parameter(torch.empty(h, *[h] * across_heads, queries, **made))
+        self.spread, self.window, self.attend = spread, window, attend
+        self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        "Every pseudo-head is its head, and their outputs' mean is that head's output."
+        "Every pseudo-head is its head but for the spread, and a head gives the mean of its pseudo-outputs."
+        for mix in (self.mix_q, self.mix_k, self.mix_v):
+            nn.init.normal_(mix, std=self.spread)
+            mix += torch.eye(len(mix), device=mix.device, dtype=mix.dtype)[:, None]
+        nn.init.constant_(self.collapse, 1 / self.collapse.shape[-1])
+        if self.collapse.dim() == 3:
+            self.collapse *= torch.eye(*self.collapse.shape[:2], device=self.collapse.device)[..., None]
+
+    def queries(
+        self,
+        q: Float[Tensor, "b h n d"],         # queries of the heads
+    ) -> Float[Tensor, "b _hp n d"]:         # head i's pseudo-queries are i·P, ..., i·P + P - 1
+        "Mixtures of the queries of all heads, as further heads."
+        return torch.einsum("ipa,band->bipnd", self.mix_q.to(q.dtype), q).flatten(1, 2)
+
+    def keys(
+        self,
+        k: Float[Tensor, "b g m d"],         # keys of the heads
+    ) -> Float[Tensor, "b g _mp d"]:         # token j's pseudo-keys are j·P, ..., j·P + P - 1
+        "Mixtures of the keys of all heads, interleaved: as further tokens."
+        return torch.einsum("gra,bamd->bgmrd", self.mix_k.to(k.dtype), k).flatten(2, 3)
+
+    def values(
+        self,
+        v: Float[Tensor, "b g m dv"],        # values of the heads
+    ) -> Float[Tensor, "b g _mp dv"]:        # in the order of the keys
+        "Mixtures of the values of all heads, interleaved."
+        return torch.einsum("gra,bamd->bgmrd", self.mix_v.to(v.dtype), v).flatten(2, 3)
+
+    def collapsed(
+        self,
+        out: Float[Tensor, "b _hp n dv"],    # what the pseudo-queries found
+    ) -> Float[Tensor, "b h n dv"]:          # one output a head
+        "The sum over pseudo-queries, each times its number."
+        out = out.unflatten(1, (self.mix_q.shape[0], -1))
+        by = "oip,bipnd->bond" if self.collapse.dim() == 3 else "ip,bipnd->bind"
+        return torch.einsum(by, self.collapse.to(out.dtype), out)
 
     def forward(
         self,
         q: Float[Tensor, "b h n d"],               # queries
         k: Float[Tensor, "b g m d"],               # keys
         v: Float[Tensor, "b g m dv"],              # values
-        **options: Unpack[AttendOptions],          # handed on, for pseudo-tokens
+        **options: Unpack[AttendOptions],          # of tokens, as they always are
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
-        "Interleave, attend over n·P pseudo-queries and m·P pseudo-keys, collapse."
-        raise NotImplementedError
+        """Interleave, attend with h·P query heads over m·P pseudo-keys, collapse. Raises
+        ValueError for other numbers of heads, and for queries on another device.
+        """
+        call = checked_call(q, k, v, window=self.window, **options)
+        self._check_heads(q, k)
+        out = self.attend(self.queries(q), self.keys(k), self.values(v), **self._options(call),
+                          dropout_p=call.dropout_p)
+        return self.collapsed(out)
+
+    def _options(self, call: AttentionCall) -> dict:
+        "Masks and bias for pseudo-heads and pseudo-keys; a window and causality as masks of tokens."
+        repeats = self.mix_q.shape[1], self.mix_k.shape[1]
+        if repeats[1] == 1 and call.sides in ((None, None), (None, 0)):
+            mask, is_causal = call.mask, call.sides == (None, 0)
+        else:
+            mask, is_causal = call.all_masks, False
+        return dict(mask=_repeated(mask, *repeats), bias=_repeated(call.bias, *repeats), is_causal=is_causal)
+
+    def _check_heads(self, q: Tensor, k: Tensor) -> None:
+        h, g = self.mix_q.shape[0], self.mix_k.shape[0]
+        if (q.shape[1], k.shape[1]) != (h, g):
+            raise ValueError(f"{q.shape[1]} query heads and {k.shape[1]} key-value heads; InterleavedHeads mixes "
+                             f"{h} and {g}: num_heads= and num_kv_heads= are the layer's")
+        if q.device != self.mix_q.device:
+            raise ValueError(f"device differs: query {q.device}, mixes {self.mix_q.device}; "
+                             f"{together(q.device, self.mix_q.device)}")
+
+# %% ../../nbs/20c_interleaved_heads.ipynb #interleaved-checks
+def _repeated(extra: Tensor | None, heads: int, keys: int) -> Tensor | None:
+    "A mask or bias of tokens, for `heads` pseudo-queries a head and `keys` pseudo-keys a token."
+    if extra is None or extra.dim() == 0:
+        return extra
+    if not is_certain(extra.shape[-1] == 1):
+        extra = extra[..., None].expand(*extra.shape, keys).flatten(-2)
+    if extra.dim() > 2 and not is_certain(extra.shape[-3] == 1):
+        extra = extra.repeat_interleave(heads, -3)
+    return extra
+
+
+def _check_counts(h: int, g: int, keys: int, queries: int) -> None:
+    "Raise unless these are counts, and key-value heads divide the heads."
+    for name, count in (("num_heads", h), ("num_kv_heads", g), ("num_pseudo", keys), ("num_pseudo_queries", queries)):
+        check_count(name, count)
+    if h % g:
+        raise ValueError(f"{h} query heads cannot share {g} key-value heads: num_kv_heads must divide num_heads")
+
+
+def _check_rest(across_heads: bool, spread: float, window: object, attend: Attend, device: object) -> None:
+    check_flag("across_heads", across_heads)
+    check_number("spread", spread)
+    if spread < 0:
+        raise ValueError(f"spread {spread} is negative: it is a standard deviation, and 0 starts as plain attention")
+    if window is not None:
+        _check_window(window)
+    check_callable("attend", attend)
+    inner = getattr(attend, "keywords", {}).get("window", getattr(attend, "window", None))
+    if inner is not None:
+        raise ValueError(f"attend has window={inner!r}, which would count pseudo-keys: give it to "
+                         f"InterleavedHeads(window=), which counts tokens")
+    check_device(device)

@@ -6,16 +6,10 @@
 __all__ = ['MixedHeads', 'knock_heads', 'mix_kv_heads', 'fold_mixing', 'mix_output_heads']
 
 # %% ../../nbs/20b_mixed_projections.ipynb #imports
-import copy
-from collections.abc import Iterable
-
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..heads.layer import MultiHeadAttention
-from ..heads.weight_split import HeadLayout
 
 # %% ../../nbs/20b_mixed_projections.ipynb #mixed
 class MixedHeads(nn.Module):

@@ -1,0 +1,73 @@
+"""Ways to mix heads, each as a layer in place of the plain one: what `mha-book mixing` compares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..heads.layer import MultiHeadAttention
+from ..variants.collaborative_heads import CollaborativeHeads
+from ..variants.composed_heads import ComposedHeads, MultiTokenAttention
+from ..variants.differential import DifferentialAttention, DifferentialHeads, SigmoidAttention
+from ..variants.interleaved_heads import InterleavedHeads
+from ..variants.mixed_projections import fold_mixing, knock_heads_, mix_kv_heads_
+from ..variants.talking_heads import TalkingHeads
+
+Sizes = dict[str, Any]  # embed_dim, num_heads, head_dim, out_dim
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Kind:
+    "One way to mix heads, and what the chapter proves of it."
+
+    place: str  # where heads meet
+    folds: bool  # whether it can be taken into the matrices of a plain layer afterwards
+    kernel: str  # which fused kernel computes it
+    make: Callable[[Sizes, int], nn.Module]  # sizes and the layer's index -> a layer that begins as its papers say
+
+    def served(self, layer: nn.Module) -> nn.Module:
+        "The layer as it is used after training."
+        return fold_mixing(layer) if self.folds and not isinstance(layer.attend, nn.Module) else layer
+
+
+def _plain(sizes: Sizes, **plugs: Any) -> MultiHeadAttention:
+    return MultiHeadAttention(**sizes, bias=False, **plugs)
+
+
+def _attend(plug: Callable[[Sizes, int], nn.Module]) -> Callable[[Sizes, int], nn.Module]:
+    "A kind that is a plug for `attend`."
+    return lambda sizes, index: _plain(sizes, attend=plug(sizes, index))
+
+
+def _talking(**which: bool) -> Callable[[Sizes, int], nn.Module]:
+    return _attend(lambda sizes, index: TalkingHeads(sizes["num_heads"], **which))
+
+
+def _collaborative(sizes: Sizes, index: int) -> nn.Module:
+    "As wide as all plain heads together."
+    return CollaborativeHeads(**sizes, key_dim=sizes["num_heads"] * sizes["head_dim"], bias=False)
+
+
+KINDS = {
+    PLAIN: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes)),
+    "knocking heads": Kind("q, k, v", True, "any", lambda sizes, index: knock_heads_(_plain(sizes))),
+    "keys and values mixed": Kind("k, v", True, "any", lambda sizes, index: mix_kv_heads_(_plain(sizes))),
+    "interleaved heads": Kind("q, k, v", False, "any", _attend(lambda s, index: InterleavedHeads(s["num_heads"], 2))),
+    "collaborative heads": Kind("q, k", False, "wide keys", _collaborative),
+    "talking heads, logits": Kind("logits", False, "wide keys", _talking(weights=False)),
+    "talking heads, weights": Kind("weights", False, "wide values", _talking(logits=False)),
+    "talking heads": Kind("logits and weights", False, "wide heads", _talking()),
+    "multi-token attention": Kind(
+        "logits and weights", False, "none", _attend(lambda s, _: MultiTokenAttention(s["num_heads"]))
+    ),
+    "composed heads": Kind(
+        "logits and weights", False, "none", lambda sizes, index: ComposedHeads(**sizes, bias=False)
+    ),
+    "differential, normed": Kind(
+        "weights", False, "wide values", _attend(lambda s, i: DifferentialAttention(s["num_heads"], s["head_dim"], i))
+    ),
+    "differential, paired": Kind("outputs", False, "any", lambda sizes, index: DifferentialHeads(**sizes, bias=False)),
+    "sigmoid weights": Kind("nowhere", False, "none", _attend(lambda sizes, index: SigmoidAttention())),
+}
