@@ -87,6 +87,7 @@ from mha_book.variants.sensitivity import (
     head_sensitivity,
     joint_effect,
 )
+from .variants.talking_heads import TalkingHeads, mix_heads, talk_through_kernel
 
 __all__ = [
     # The layer
@@ -129,6 +130,8 @@ __all__ = [
     "add_gates", "open_price", "prune_gated",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
+    # Heads that meet
+    "TalkingHeads", "mix_heads", "talk_through_kernel",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

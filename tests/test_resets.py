@@ -29,6 +29,7 @@ from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
+from mha_book.variants.talking_heads import TalkingHeads
 
 E, H, G, D, DV, C = 240, 6, 3, 48, 24, 160  # wide enough that a spread is known to a few percent
 ENCODER = EncoderConfig(300, E, H, 2, 320, 50, 2, 1e-5)
@@ -75,6 +76,7 @@ MODULES = {
     "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
     "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
     "Block": lambda: Block(layer(), E),
+    "TalkingHeads": lambda: layer(attend=TalkingHeads(H)),
 }
 ELSEWHERE = {
     "LearnedPositions",

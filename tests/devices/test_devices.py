@@ -458,7 +458,24 @@ enter(
     },
 )
 enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
+
+
+def through_kernel(q, k, v, **options):
+    mixing = torch.randn(s.h, s.h, device=q.device)
+    out = mha_book.talk_through_kernel(q, k, v, mixing, mixing, **options)
+    return mha_book.mix_heads(out, mixing)
+
+
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+enter("mix_heads, talk_through_kernel", partial(mixed, attend=through_kernel), SHARED | DROPOUT)
+enter(
+    "TalkingHeads",
+    held,
+    {
+        "by the definition": lambda h, **like: mha_book.TalkingHeads(h, window=3, softcap=2.0, **like),
+        "by a kernel": lambda h, **like: mha_book.TalkingHeads(h, weights=False, attend=mha_book.attention, **like),
+    },
+)
 
 
 def gated(device):

@@ -34,6 +34,7 @@ from mha_book import (
     RoPEYaRNScaling,
     RotatedPosition,
     SinkAttention,
+    TalkingHeads,
 )
 
 # into the sockets
@@ -47,6 +48,8 @@ attends: list[Attend] = [
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
     MixedPrecision(HeadPrecision.uniform(4, "int4")),
+    TalkingHeads(4, weights=False, window=(3, None), scale=0.5),
+    TalkingHeads(4, attend=partial(mha_book.attention, window=4)),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
@@ -168,3 +171,6 @@ ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controlle
 found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
 given: list[Tensor] = [found.output, found.levels, found.num_heads]
 more: int = ways.extra_bytes
+# heads that talk
+talked: Tensor = mha_book.talk_through_kernel(q, k, v, torch.eye(4), None, attend=mha_book.fused_attend, is_causal=True)
+mixed_maps: Tensor = mha_book.mix_heads(maps, torch.ones(2, 4))
