@@ -78,6 +78,14 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from mha_book.variants.mixed_projections import (
+    MixedHeads,
+    fold_mixing,
+    knock_heads_,
+    mix_kv_heads_,
+    mix_output_heads,
+    mixing_matrices,
+)
 from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
 from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
@@ -132,6 +140,9 @@ __all__ = [
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
     # Heads that meet
     "TalkingHeads", "mix_heads", "talk_through_kernel",
+    # Heads that talk to each other
+    "MixedHeads", "knock_heads_", "mix_kv_heads_", "mixing_matrices", "fold_mixing",
+    "mix_output_heads",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

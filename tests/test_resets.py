@@ -28,6 +28,7 @@ from mha_book.plugs.rope import RoPE
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
+from mha_book.variants.mixed_projections import MixedHeads
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
 from mha_book.variants.talking_heads import TalkingHeads
 
@@ -74,6 +75,7 @@ MODULES = {
     "HeadBudget": lambda: HeadBudget(E, 3),
     "HeadGates": lambda: layer(finish=HeadGates(H)),
     "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
+    "MixedHeads": lambda: MixedHeads(HeadLayout(H, G, D, DV), "qv", "channels"),
     "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
     "Block": lambda: Block(layer(), E),
     "TalkingHeads": lambda: layer(attend=TalkingHeads(H)),

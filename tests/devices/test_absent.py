@@ -30,6 +30,7 @@ from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlot
 from mha_book.plugs.rope import rope_frequencies
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import hadamard
+from mha_book.variants.mixed_projections import MixedHeads
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
 from mha_book.variants.talking_heads import TalkingHeads
 from support.refusals import refused
@@ -45,6 +46,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "OutputGate": lambda device: OutputGate(48, 6, device=device),
     "MixtureOfHeads": lambda device: MixtureOfHeads(48, 6, 3, device=device),
     "TalkingHeads": lambda device: TalkingHeads(6, device=device),
+    "MixedHeads": lambda device: MixedHeads(HeadLayout(6, 3, 8), "kv", "heads", device=device),
     "LearnedPositions": lambda device: LearnedPositions(7, 48, device=device),
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),

@@ -564,6 +564,17 @@ def behind_gates(device, options):
     return layer, gates.draw(s.b), y, grads, pruned.eval()(x, context)
 
 
+def with_mixed_rows(device, options):
+    "Heads that knock and are mixed, folded; and mixed outputs."
+    layer = mha_book.mix_kv_heads_(mha_book.knock_heads_(layer_of(device, **options(device)[0])))
+    for matrix in (matrices := mha_book.mixing_matrices(layer)).values():
+        nn.init.normal_(matrix)
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y, folded, h = layer(x, context), mha_book.fold_mixing(layer), layer.layout.num_heads
+    out = mha_book.mix_output_heads(folded, torch.randn(h, h, device=device, dtype=torch.float64))
+    return layer, folded, out, y, out(x, context), torch.autograd.grad(y.sum(), [*matrices.values()])
+
+
 def of_saved_heads(device):
     "A layer of fewer heads into one of more."
     layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
@@ -593,6 +604,11 @@ enter(
     some_layers,
 )
 enter("prune_heads, prune_model", of_fewer_heads, some_layers)
+enter(
+    "MixedHeads, knock_heads_, mix_kv_heads_, mixing_matrices, fold_mixing, mix_output_heads",
+    with_mixed_rows,
+    some_layers,
+)
 enter("HeadGates, add_gates, open_price, prune_gated", behind_gates, some_layers)
 CASES |= {
     "match_heads": of_saved_heads,
