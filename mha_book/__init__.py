@@ -67,6 +67,7 @@ from mha_book.variants.head_importance import (
     scaled_heads,
     without_heads,
 )
+from .variants.interleaved_heads import InterleavedHeads
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -105,6 +106,7 @@ __all__ = [
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "InterleavedHeads",
     "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",

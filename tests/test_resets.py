@@ -27,6 +27,7 @@ from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
+from mha_book.variants.interleaved_heads import InterleavedHeads
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
 from mha_book.variants.mixed_projections import MixedHeads
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
@@ -66,6 +67,8 @@ MODULES = {
     "HeadList": lambda: HeadList(E, H),
     "OutputGate": lambda: OutputGate(E, H),
     "HeadTemperature": lambda: HeadTemperature(H),
+    "InterleavedHeads": lambda: InterleavedHeads(H, 4, num_kv_heads=G, spread=0.1),
+    "interleaved across heads": lambda: layer(attend=InterleavedHeads(H, 2, across_heads=True, spread=0.0)),
     "SinkAttention": lambda: SinkAttention(H),
     "ExtraKeys": lambda: ExtraKeys(G, D, value_dim=DV, zero=True),
     "EncoderLayer": lambda: EncoderLayer(ENCODER),

@@ -29,6 +29,7 @@ from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
 from mha_book.variants.head_gates import HeadGates
+from mha_book.variants.interleaved_heads import InterleavedHeads
 from mha_book.variants.mixed_precision import hadamard
 from mha_book.variants.mixed_projections import MixedHeads
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
@@ -41,6 +42,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "StackedProjections": lambda device: StackedProjections(48, HeadLayout(6, 3, 8), 40, True, None, device),
     "ExtraKeys": lambda device: ExtraKeys(3, 8, device=device),
     "HeadTemperature": lambda device: HeadTemperature(6, device=device),
+    "InterleavedHeads": lambda device: InterleavedHeads(6, 2, device=device),
     "SinkAttention": lambda device: SinkAttention(6, device=device),
     "HeadGates": lambda device: HeadGates(6, device=device),
     "OutputGate": lambda device: OutputGate(48, 6, device=device),

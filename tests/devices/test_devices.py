@@ -489,6 +489,14 @@ def mixture_of(device, **options):
     return layer_of(device, finish=plug, **options)
 
 
+def interleaved(device, options):
+    plug = mha_book.InterleavedHeads(s.h, 4, num_kv_heads=s.g, window=3, device=device, dtype=torch.float64)
+    return mixed(device, options, plug), [p.grad for p in plug.parameters()]
+
+
+enter("InterleavedHeads", interleaved, SHARED | DROPOUT)
+
+
 def routed(device):
     layer, x, real = mixture_of(device), tokens(device), bits(s.b, s.n, device=device)
     with mha_book.recorded_routes(layer) as found:
