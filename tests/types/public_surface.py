@@ -47,6 +47,8 @@ attends: list[Attend] = [
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
     MixedPrecision(HeadPrecision.uniform(4, "int4")),
+    mha_book.DifferentialAttention(4, 16, 0),
+    mha_book.SigmoidAttention(bias=-3.0, window=(5, 0)),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
@@ -79,6 +81,9 @@ gates: dict[str, mha_book.HeadGates] = mha_book.add_gates(smaller, start=1.5)
 open_heads: Tensor = mha_book.open_price(smaller) + gates["0"].expected_open() + gates["0"].draw(2).sum()
 ungated: nn.Module = mha_book.prune_gated(smaller)
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
+in_pairs: mha_book.DifferentialHeads = mha_book.pair_heads(MultiHeadAttention(64, 4))
+finishes.append(mha_book.SubtractHeads(64, 4, finish=finishes[0]))
+subtracted: Tensor = mha_book.DifferentialHeads(64, 4, num_kv_heads=2)(x) + in_pairs.attention_map(x).sum()
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
 latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
