@@ -55,6 +55,13 @@ from mha_book.plugs.rope_scaling import (
     RoPEYaRNScaling,
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from mha_book.variants.differential import (
+    DifferentialAttention,
+    DifferentialHeads,
+    SigmoidAttention,
+    SubtractHeads,
+    pair_heads,
+)
 from .variants.grouped import folded_attend, repeat_kv_heads
 from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
@@ -145,6 +152,8 @@ __all__ = [
     # Heads that talk to each other
     "MixedHeads", "knock_heads_", "mix_kv_heads_", "mixing_matrices", "fold_mixing",
     "mix_output_heads",
+    # Heads that talk to each other
+    "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

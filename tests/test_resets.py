@@ -25,6 +25,7 @@ from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
+from mha_book.variants.differential import DifferentialAttention, DifferentialHeads, SigmoidAttention
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.interleaved_heads import InterleavedHeads
@@ -80,6 +81,10 @@ MODULES = {
     "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
     "MixedHeads": lambda: MixedHeads(HeadLayout(H, G, D, DV), "qv", "channels"),
     "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
+    "DifferentialAttention": lambda: layer(attend=DifferentialAttention(H, D, 2)),
+    "DifferentialHeads": lambda: DifferentialHeads(E, H, num_kv_heads=G, value_dim=DV),
+    "SubtractHeads": lambda: DifferentialHeads(E, H, context_dim=C).finish,
+    "SigmoidAttention": lambda: layer(attend=SigmoidAttention()),
     "Block": lambda: Block(layer(), E),
     "TalkingHeads": lambda: layer(attend=TalkingHeads(H)),
 }

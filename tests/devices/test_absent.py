@@ -28,6 +28,7 @@ from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, dist
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
+from mha_book.variants.differential import DifferentialAttention, DifferentialHeads, SubtractHeads
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.interleaved_heads import InterleavedHeads
 from mha_book.variants.mixed_precision import hadamard
@@ -49,6 +50,9 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "MixtureOfHeads": lambda device: MixtureOfHeads(48, 6, 3, device=device),
     "TalkingHeads": lambda device: TalkingHeads(6, device=device),
     "MixedHeads": lambda device: MixedHeads(HeadLayout(6, 3, 8), "kv", "heads", device=device),
+    "DifferentialAttention": lambda device: DifferentialAttention(6, 8, 0, device=device),
+    "DifferentialHeads": lambda device: DifferentialHeads(48, 6, device=device),
+    "SubtractHeads": lambda device: SubtractHeads(48, 6, device=device),
     "LearnedPositions": lambda device: LearnedPositions(7, 48, device=device),
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),

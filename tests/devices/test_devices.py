@@ -632,6 +632,28 @@ CASES |= {
 }
 
 
+def in_pairs(device, options):
+    made, called = options(device)
+    made = dict(num_kv_heads=2, head_dim=s.d) | made
+    plug = mha_book.DifferentialAttention(s.h, s.d, 1, device=device, dtype=torch.float64)
+    in_halves = layer_of(device, attend=plug, **made)
+    made |= dict(num_kv_heads=s.g)
+    in_groups = mha_book.DifferentialHeads(s.e, s.h, **made, device=device, dtype=torch.float64)
+    twice = mha_book.pair_heads(layer_of(device, **made))
+    called.pop("bias", None)
+    layers = in_halves, in_groups, twice, layer_of(device, attend=mha_book.SigmoidAttention(), **made)
+    ys = [layer(tokens(device), **called) for layer in layers]
+    sum(y.sum() for y in ys).backward()
+    return layers, ys, [p.grad for layer in layers for p in layer.parameters()]
+
+
+enter(
+    "DifferentialAttention, DifferentialHeads, SubtractHeads, pair_heads, SigmoidAttention",
+    in_pairs,
+    {name: LAYERS[name] for name in ("plain", "causal", "mask, bias, padding", "value_dim", "position", "dropout")},
+)
+
+
 def in_fewer_bits(device, form):
     "Keys of whole blocks with padding, values, and their gradients."
     k, v = (torch.randn(s.b, s.g, s.m, width, device=device, requires_grad=True) for width in (s.d, s.dv))

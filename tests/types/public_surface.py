@@ -52,6 +52,8 @@ attends: list[Attend] = [
     MixedPrecision(HeadPrecision.uniform(4, "int4")),
     TalkingHeads(4, weights=False, window=(3, None), scale=0.5),
     TalkingHeads(4, attend=partial(mha_book.attention, window=4)),
+    mha_book.DifferentialAttention(4, 16, 0),
+    mha_book.SigmoidAttention(bias=-3.0, window=(5, 0)),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
@@ -88,6 +90,9 @@ knocks: dict[str, nn.Parameter] = mha_book.mixing_matrices(knocking)
 unmixed: MultiHeadAttention = mha_book.mix_output_heads(mha_book.fold_mixing(knocking), torch.eye(4))
 knock: Tensor = mha_book.MixedHeads(layout, "q", "channels")(torch.zeros(128, 64))
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
+in_pairs: mha_book.DifferentialHeads = mha_book.pair_heads(MultiHeadAttention(64, 4))
+finishes.append(mha_book.SubtractHeads(64, 4, finish=finishes[0]))
+subtracted: Tensor = mha_book.DifferentialHeads(64, 4, num_kv_heads=2)(x) + in_pairs.attention_map(x).sum()
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
 latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
