@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/mha-book', 'doc_host': '', 'git_url': '', 'lib_path': 'mha_book'},
   'syms': { 'mha_book.bench.ablations': {},
+            'mha_book.bench.by_steps': {},
             'mha_book.bench.cli': {},
             'mha_book.bench.climber': {},
             'mha_book.bench.contests': {},

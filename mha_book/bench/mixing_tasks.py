@@ -111,10 +111,9 @@ class Speaker(nn.Module):
 
 
 def sizes_of_a_layer(turned: bool) -> Sizes:
-    d = WIDTH // HEADS
-    return dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=d, out_dim=WIDTH) | (
-        dict(position=RoPE(d)) if turned else {}
-    )
+    "Of a layer of letters, which turns queries and keys by their places, or not."
+    sizes = dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=WIDTH // HEADS, out_dim=WIDTH)
+    return sizes | dict(position=RoPE(WIDTH // HEADS)) if turned else sizes
 
 
 def count(module: nn.Module) -> int:
