@@ -47,8 +47,9 @@ def _talking(**which: bool) -> Callable[[Sizes, int], nn.Module]:
 
 
 def _collaborative(sizes: Sizes, index: int) -> nn.Module:
-    "As wide as all plain heads together."
-    return CollaborativeHeads(**sizes, key_dim=sizes["num_heads"] * sizes["head_dim"], bias=False)
+    "Keys as wide as all plain heads together."
+    e, h, d, out = (sizes[name] for name in ("embed_dim", "num_heads", "head_dim", "out_dim"))
+    return CollaborativeHeads(e, h, h * d, value_dim=d, out_dim=out, bias=False)
 
 
 KINDS = {

@@ -13,7 +13,7 @@ import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from mha_book.bench import cli, contests, keeping, measured, suites
+from mha_book.bench import by_steps, cli, contests, keeping, measured, suites
 from mha_book.bench import memory as what_fits
 from mha_book.bench.cli import main
 from mha_book.bench.measured import Row, Table, measurements, read_measurement, side_by_side, write_measurement
@@ -344,7 +344,7 @@ def test_without_a_mask_small_layers_only(size, there):
 
 
 def test_a_gpu_takes_the_large_size_once(monkeypatch):
-    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(by_steps, "pick_device", lambda name: torch.device(name))
     monkeypatch.setattr(what_fits, "free_bytes", lambda device: None)
     monkeypatch.setattr(cli, "no_compiler", lambda device: "")
     for device, suites_with_it in (("cpu", ["layers"]), ("cuda", list(SUITES))):
