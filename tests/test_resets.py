@@ -25,6 +25,7 @@ from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
+from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import MixedPrecision, RotatedPosition
@@ -74,6 +75,10 @@ MODULES = {
     "HeadGates": lambda: layer(finish=HeadGates(H)),
     "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
     "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
+    "ComposedHeads": lambda: ComposedHeads(E, H, num_kv_heads=G, head_dim=D, value_dim=DV, context_dim=C),
+    "_TokenMix": lambda: ComposedHeads(E, H).of_queries,
+    "_Composition": lambda: ComposedHeads(E, H).attend,
+    "MultiTokenAttention": lambda: layer(attend=MultiTokenAttention(H)),
     "Block": lambda: Block(layer(), E),
 }
 ELSEWHERE = {

@@ -28,6 +28,7 @@ from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, dist
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
+from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.mixed_precision import hadamard
 from mha_book.variants.mixture_of_heads import MixtureOfHeads
@@ -43,6 +44,8 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "HeadGates": lambda device: HeadGates(6, device=device),
     "OutputGate": lambda device: OutputGate(48, 6, device=device),
     "MixtureOfHeads": lambda device: MixtureOfHeads(48, 6, 3, device=device),
+    "ComposedHeads": lambda device: ComposedHeads(48, 6, device=device),
+    "MultiTokenAttention": lambda device: MultiTokenAttention(6, device=device),
     "LearnedPositions": lambda device: LearnedPositions(7, 48, device=device),
     "RelativeBias": lambda device: RelativeBias(6, device=device),
     "ALiBi.bias": lambda device: ALiBi(6).bias(5, 7, device),

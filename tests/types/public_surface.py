@@ -11,6 +11,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ComposedHeads,
     ContextCache,
     Dialect,
     Finish,
@@ -22,6 +23,7 @@ from mha_book import (
     MixedPrecision,
     MixtureOfHeads,
     MultiHeadAttention,
+    MultiTokenAttention,
     OutputGate,
     PagedCache,
     Position,
@@ -43,6 +45,7 @@ attends: list[Attend] = [
     mha_book.attention,
     HeadTemperature(4),
     SinkAttention(4),
+    MultiTokenAttention(4, queries=2, keys=3, group=2, window=9),
     RelativeBias(4),
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
@@ -168,3 +171,5 @@ ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controlle
 found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
 given: list[Tensor] = [found.output, found.levels, found.num_heads]
 more: int = ways.extra_bytes
+composing: MultiHeadAttention = ComposedHeads(64, 4, rank=1, from_keys=False, window=9)
+width_of_kept_keys: int = ComposedHeads(64, 4).key_dim
