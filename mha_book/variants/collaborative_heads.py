@@ -37,7 +37,7 @@ from mha_book.heads.single_head import (
     join_masks,
     plain_attention,
 )
-from ..heads.weight_split import Start, check_projectable, split_heads
+from ..heads.weight_split import Start, check_projectable, merge_heads, split_heads
 from ..kernels.backends import attention
 from ..plugs.cache import KVCache
 
@@ -80,8 +80,8 @@ class CollaborativeHeads(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        plugs = dict(attend=attend, finish=finish, qk_norm=None)
-        _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout, plugs, dtype)
+        _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout,
+                       dict(attend=attend, finish=finish, qk_norm=None), dtype)
         key_dim, g, dv = _checked_widths(embed_dim, num_heads, key_dim, num_kv_heads, value_dim, scale)
         check_device(device)
         self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, g, key_dim, dv
@@ -102,14 +102,7 @@ class CollaborativeHeads(nn.Module):
 
     def reset_parameters(self) -> None:
         "Plain heads: each has its own channels, and the matrices start as the layer's would."
-        rows = 2 * self.key_dim + self.v_proj.out_features
-        for proj in (self.out_proj, self.q_proj, self.k_proj, self.v_proj):
-            proj.reset_parameters = Start(proj, () if proj is self.out_proj else ((proj.out_features, rows),))
-            proj.reset_parameters()
-        if self.content_proj is not None:
-            self.content_proj.reset_parameters()
-        with torch.no_grad():
-            self.mixing.copy_(_own_channels(self.num_heads, self.key_dim, self.mixing))
+        _start(self)
 
     def qkv(
         self,
@@ -124,26 +117,23 @@ class CollaborativeHeads(nn.Module):
         """
         _check_tokens(self, x, context, value)
         keys = x if context is None else context
-        k, v = self.k_proj(keys), self.v_proj(keys if value is None else value)
-        width = self.key_dim + (0 if self.content_proj is None else self.num_heads)
-        factor = self.scale * width ** 0.5    # which attend divides by
-        q = self.q_proj(x)[:, None] * (self.mixing * factor)[:, None]
+        v = split_heads(self.v_proj(keys if value is None else value), self.num_kv_heads)
+        q = self.q_proj(x)[:, None] * self.mixing[:, None]
+        k = self.k_proj(keys)[:, None]
         if self.content_proj is not None:
-            own = torch.eye(self.num_heads, dtype=q.dtype, device=q.device) * factor
-            q = torch.cat([q, own[:, None].expand(*q.shape[:3], -1)], -1)
-            k = torch.cat([k, self.content_proj(keys)], -1)
-        return q.to(v.dtype), k[:, None].to(v.dtype), split_heads(v, self.num_kv_heads)
+            q, k = _with_contents(q, k, self.content_proj(keys))
+        # attend divides by the root of the width
+        return (q * (self.scale * q.shape[3] ** 0.5)).to(v.dtype), k.to(v.dtype), v
 
     def _see(self, x, context, value, mask, key_mask, cache):
         "Queries, all keys and values that they may look at, and all masks as one."
-        if cache is None:
-            q, k, v = self.qkv(x, context, value=value)
-            visible = None if key_mask is None else key_mask[:, None, None]
-        else:
+        if cache is not None:
             context, value, _ = _begin(self, x, context, value, key_mask, cache)
-            q, k, v = self.qkv(x, context, value=value)
-            side_by_side = v.transpose(1, 2).flatten(2)[:, None]
-            k, v, visible = cache.append(k, side_by_side, *() if key_mask is None else (key_mask,))
+        q, k, v = self.qkv(x, context, value=value)
+        visible = None if key_mask is None else key_mask[:, None, None]
+        if cache is not None:    # all values side by side, as those of one head
+            known = () if key_mask is None else (key_mask,)
+            k, v, visible = cache.append(k, merge_heads(v)[:, None], *known)
             v = split_heads(v[:, 0], self.num_kv_heads)
         if mask is not None and visible is not None:
             check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
@@ -158,13 +148,13 @@ class CollaborativeHeads(nn.Module):
         keep_first: int = 0,           # first tokens that stay visible beside the window
     ) -> KVCache:
         "An empty cache of the widths, dtype and device of this layer."
-        width = self.key_dim + (0 if self.content_proj is None else self.num_heads)
+        width = self.key_dim + self.num_heads * (self.content_proj is not None)
         return KVCache(batch_size, 1, max_len, width, value_dim=self.num_kv_heads * self.value_dim, window=window,
                        keep_first=keep_first, device=self.mixing.device, dtype=self.mixing.dtype)
 
     def extra_repr(self) -> str:
-        own = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}"
-        return f"{own}, value_dim={self.value_dim}, scale={self.scale:.4g}"
+        names = "num_heads", "num_kv_heads", "key_dim", "value_dim", "scale"
+        return ", ".join(f"{name}={getattr(self, name):.4g}" for name in names)
 
 
 # %% ../../nbs/20f_collaborative_heads.ipynb #collaborative-checks
@@ -175,6 +165,25 @@ def _own_channels(num_heads: int, key_dim: int, like: Tensor) -> Float[Tensor, "
     if key_dim < num_heads:    # a channel serves several heads
         return (heads * key_dim // num_heads == channels).to(like.dtype)
     return (channels * num_heads // key_dim == heads).to(like.dtype)
+
+
+@torch.no_grad()
+def _start(layer: CollaborativeHeads) -> None:
+    "Start the matrices; each keeps its start as its own reset_parameters. The output's comes first, as in the layer."
+    layer.mixing.copy_(_own_channels(layer.num_heads, layer.key_dim, layer.mixing))
+    rows = 2 * layer.key_dim + layer.v_proj.out_features
+    for proj in (layer.out_proj, layer.q_proj, layer.k_proj, layer.v_proj):
+        proj.reset_parameters = Start(proj, () if proj is layer.out_proj else ((proj.out_features, rows),))
+        proj.reset_parameters()
+    if layer.content_proj is not None:
+        layer.content_proj.reset_parameters()
+
+
+def _with_contents(q: Float[Tensor, "b h n c"], k: Float[Tensor, "b 1 m c"], contents: Float[Tensor, "b m h"]
+                   ) -> tuple[Float[Tensor, "b h n w"], Float[Tensor, "b 1 m w"]]:
+    "One more channel a head, behind the others: its content in the key, and 1 in the head's own queries."
+    own = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[:, None].expand(*q.shape[:3], -1)
+    return torch.cat([q, own], -1), torch.cat([k, contents[:, None]], -1)
 
 
 def _checked_widths(embed_dim, num_heads, key_dim, num_kv_heads, value_dim, scale) -> tuple[int, int, int]:
@@ -388,10 +397,9 @@ def _check_seen(layer: MultiHeadAttention, tokens: Tensor | None, context_tokens
     answers = layer.rows("k", 0)[0]
     if proj.weight.is_meta:
         raise ValueError("the layer is on meta, where there are no numbers to decompose")
-    if layer.context_proj is not None and (tokens is None) != (context_tokens is None):
-        raise ValueError("the layer has a context: give both tokens and context_tokens, or neither")
-    if tokens is None and context_tokens is not None:
-        raise ValueError("context_tokens without tokens: give both, or neither")
+    if (tokens is None) != (context_tokens is None) if layer.context_proj is not None else context_tokens is not None:
+        raise ValueError("context_tokens are what a layer with context_dim reads there, beside its tokens: such a "
+                         "layer needs both or neither, and no other takes them")
     for name, seen, own in (("tokens", tokens, proj), ("context_tokens", context_tokens, answers)):
         if seen is not None:
             check_floats(name, seen)
