@@ -7,6 +7,7 @@ __all__ = ['ComposedHeads', 'MultiTokenAttention']
 
 # %% ../../nbs/20d_composed_heads.ipynb #imports
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Unpack
 
 import torch
@@ -181,10 +182,17 @@ class _Composition(nn.Module):
         for at, said in zip("nm", tokens):
             if said:
                 read, write, gate = (t.to(each.dtype) for t in said)    # b h n r, or b h m r
-                heard = torch.einsum(f"bhnm,bh{at}r->brnm", each, read)
-                mixed = mixed + torch.einsum(f"brnm,bh{at}r->bhnm", heard, write)
+                with _not_narrowed(each):
+                    heard = torch.einsum(f"bhnm,bh{at}r->brnm", each, read)
+                    mixed = mixed + torch.einsum(f"brnm,bh{at}r->bhnm", heard, write)
                 mixed = mixed + each * (gate if at == "n" else gate.mT)
         return mixed
+
+
+def _not_narrowed(t: Tensor) -> AbstractContextManager:
+    "A block in which autocast leaves dtypes as they are."
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 @torch.no_grad()
@@ -260,10 +268,11 @@ class MultiTokenAttention(nn.Module):
         call = checked_call(q, k, v, window=self.window, scale=self.scale, **options)
         self._check_call(call, options.get("is_causal", False))
         logits = scaled_logits(q, k, self.scale)
-        logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
-        weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
-        mixing = self.weight_mixing.to(weights.dtype)
-        groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
+        with _not_narrowed(q):
+            logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
+            weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
+            mixing = self.weight_mixing.to(weights.dtype)
+            groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
         weights = groups.flatten(1, 2).type_as(v)
         weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
         return weights @ repeat_groups(v, q.shape[1])
