@@ -42,6 +42,7 @@ from mha_book.variants.differential import DifferentialAttention, SigmoidAttenti
 from mha_book.variants.head_gates import HeadGates, prune_gated
 from mha_book.variants.mixture_of_heads import MixtureOfHeads, skip_heads
 from mha_book.variants.prune_heads import match_heads, prune_heads
+from mha_book.variants.talking_heads import TalkingHeads, talk_through_kernel
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -873,6 +874,70 @@ def test_a_mask_in_another_models_words_is_no_mask(implementation, wrong):
     theirs = theirs if implementation == "eager" else theirs.long()  # True is added as 1, or 1 is a real token
     got, wanted = ask_transformers(implementation)(mask, theirs, s.n)
     assert not torch.allclose(got, wanted)
+
+
+# Talking heads of x-transformers
+
+# when it is imported it calls a function that torch deprecates
+scripted = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def talked_as_theirs(theirs, num_heads=s.h):
+    "A plug with the numbers of their `Attend`: it adds the mixed logits to the logits, and replaces the weights."
+    before, after = theirs.pre_softmax_talking_heads, theirs.post_softmax_talking_heads
+    plug = TalkingHeads(num_heads, logits=before is not None, weights=after is not None, dtype=torch.float64)
+    with torch.no_grad():
+        if before is not None:
+            plug.logit_mixing.add_(before.weight[:, :, 0, 0])  # ours begins as the identity
+        if after is not None:
+            plug.weight_mixing.copy_(after.weight[:, :, 0, 0])
+    return plug
+
+
+def talking_of_theirs(**options):
+    "Random mixtures; with qk_norm their softmax is in the dtype of the logits, and otherwise in float32."
+    made = library("x_transformers.attend").Attend(heads=s.h, qk_norm=True, **options).double()
+    fill(made.parameters())
+    return made
+
+
+@scripted
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_talking_heads_are_those_of_x_transformers(which, causal):
+    theirs = talking_of_theirs(pre_talking_heads=which[0], post_talking_heads=which[1], causal=causal)
+    plug = talked_as_theirs(theirs)
+    q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, s.m, s.d), random(s.b, s.h, s.m, s.dv)
+    mask, bias = random_rows(s.b, 1, 1, s.m), random(s.h, s.n, s.m)
+    wanted, _ = theirs(q, k, v, mask=mask, attn_bias=bias)
+    options = dict(mask=mask, bias=bias, is_causal=causal)
+    assert_close(plug(q, k, v, **options), wanted)
+    assert_close(talk_through_kernel(q, k, v, plug.logit_mixing, plug.weight_mixing, **options), wanted)
+
+
+@scripted
+def test_talking_heads_of_x_transformers_begin_at_twice_the_logits():
+    theirs = library("x_transformers.attend").Attend(heads=s.h, qk_norm=True, pre_talking_heads=True).double()
+    q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, s.m, s.d), random(s.b, s.h, s.m, s.d)
+    assert_close(theirs(q, k, v)[0], plain_attention(q, k, v, scale=2 * s.d**-0.5))
+    assert torch.equal(TalkingHeads(s.h)(q, k, v), plain_attention(q, k, v))
+
+
+@scripted
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_a_layer_of_x_transformers_whose_heads_talk_comes_in(which):
+    theirs = (
+        library("x_transformers.x_transformers")
+        .Attention(WIDE, heads=s.h, dim_head=s.d, causal=True, pre_talking_heads=which[0], post_talking_heads=which[1])
+        .double()
+    )
+    fill(theirs.parameters())
+    state = {name: t for name, t in theirs.state_dict().items() if name.startswith("to_")}
+    own = Dialect(dict(q="to_q", k="to_k", v="to_v", o="to_out"))
+    ours = from_state_dict(state, EQUAL, own, attend=talked_as_theirs(theirs.attend))
+    x, real = random(s.b, s.n, WIDE), mask_of("b m", s.n)
+    # their softmax is in float32, and they give 0 for padding
+    assert_close(ours(x, is_causal=True, key_mask=real)[real], theirs(x, mask=real)[real], atol=1e-5)
 
 
 # Heads that are subtracted, and weights without a sum

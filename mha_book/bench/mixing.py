@@ -16,7 +16,7 @@ import torch
 from ..instruments.device import benchmark
 from .climber import short
 from .measured import Origin, Row, Table, provenance, read_file
-from .mixing_kinds import KINDS, PLAIN
+from .mixing_kinds import KINDS, PLACED, PLAIN
 from .mixing_sizes import RATES
 from .mixing_tasks import HEADS, TASKS
 from .stepwise import run_steps, taken_up
@@ -137,7 +137,9 @@ INPUTS = [(16, 64, 64, 4), (2, 512, 512, 8)]  # sequences, tokens, width, heads 
 
 def contestants(task: str) -> list[tuple[str, int]]:  # kind, heads
     "Who learns a task."
-    return [(kind, HEADS) for kind in KINDS] + [(PLAIN, h) for h in MORE_HEADS if task == "shifts"]
+    if task == "shifts":
+        return [(kind, HEADS) for kind in KINDS if kind != PLACED] + [(PLAIN, h) for h in MORE_HEADS]
+    return [(kind, HEADS) for kind in KINDS]
 
 
 def run_mixing(
@@ -219,7 +221,9 @@ def _time(found: dict[str, Any], device: torch.device, mode: str, *size: int) ->
     batch, tokens, width, heads = size
     x = torch.randn(batch, tokens, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(device)
     sizes = dict(embed_dim=width, num_heads=heads, head_dim=width // heads, out_dim=width)
-    calls = {name: CALLS[mode](name, kind.make(sizes, 0).to(device), x) for name, kind in KINDS.items()}
+    calls = {
+        name: CALLS[mode](name, kind.make(sizes, 0).to(device), x) for name, kind in KINDS.items() if name != PLACED
+    }
     rows = []
     for name, timing in benchmark(calls, device=device, rounds=found["sizes"]["rounds"]).items():
         numbers = [short(getattr(timing, field)) for field in ("ratio", "low", "high", "seconds")]

@@ -14,8 +14,8 @@ from ..variants.interleaved_heads import InterleavedHeads
 from ..variants.mixed_projections import fold_mixing, knock_heads_, mix_kv_heads_
 from ..variants.talking_heads import TalkingHeads
 
-Sizes = dict[str, Any]  # embed_dim, num_heads, head_dim, out_dim
-PLAIN = "plain"
+Sizes = dict[str, Any]  # embed_dim, num_heads, head_dim, out_dim, and perhaps position
+PLAIN, PLACED = "plain", "plain, learned places"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Kind:
     place: str  # where heads meet
     folds: bool  # whether it can be taken into the matrices of a plain layer afterwards
     kernel: str  # which fused kernel computes it
-    make: Callable[[Sizes, int], nn.Module]  # sizes and the layer's index -> a layer that begins as its papers say
+    make: Callable[[Sizes, int], nn.Module]  # sizes and the layer's index -> a layer that begins as its paper says
+    base: str = PLAIN  # what it is compared with: keys that all heads share cannot be turned head by head
 
     def served(self, layer: nn.Module) -> nn.Module:
         "The layer as it is used after training."
@@ -46,16 +47,18 @@ def _talking(**which: bool) -> Callable[[Sizes, int], nn.Module]:
 
 
 def _collaborative(sizes: Sizes, index: int) -> nn.Module:
-    "As wide as all plain heads together."
-    return CollaborativeHeads(**sizes, key_dim=sizes["num_heads"] * sizes["head_dim"], bias=False)
+    "Keys as wide as all plain heads together."
+    e, h, d, out = (sizes[name] for name in ("embed_dim", "num_heads", "head_dim", "out_dim"))
+    return CollaborativeHeads(e, h, h * d, value_dim=d, out_dim=out, bias=False)
 
 
 KINDS = {
     PLAIN: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes)),
+    PLACED: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes), PLACED),
     "knocking heads": Kind("q, k, v", True, "any", lambda sizes, index: knock_heads_(_plain(sizes))),
     "keys and values mixed": Kind("k, v", True, "any", lambda sizes, index: mix_kv_heads_(_plain(sizes))),
     "interleaved heads": Kind("q, k, v", False, "any", _attend(lambda s, index: InterleavedHeads(s["num_heads"], 2))),
-    "collaborative heads": Kind("q, k", False, "wide keys", _collaborative),
+    "collaborative heads": Kind("q, k", False, "wide keys", _collaborative, PLACED),
     "talking heads, logits": Kind("logits", False, "wide keys", _talking(weights=False)),
     "talking heads, weights": Kind("weights", False, "wide values", _talking(logits=False)),
     "talking heads": Kind("logits and weights", False, "wide heads", _talking()),

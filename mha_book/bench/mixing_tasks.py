@@ -15,6 +15,7 @@ from ..lab.head_mixing import head_resemblance, shift_task
 from ..models.encoder import package_file
 from ..models.language_model import DecoderLayer, LanguageModelConfig
 from ..plugs.positions import LearnedPositions
+from ..plugs.rope import RoPE
 from .climber import short
 from .mixing_kinds import KINDS, PLAIN, Sizes
 
@@ -82,17 +83,19 @@ def texts() -> tuple[dict[str, Tensor], int]:  # play -> its letters as numbers;
 
 
 class Speaker(nn.Module):
-    "A causal model of letters: learned places, pre-norm blocks with a kind of attention, one table in and out."
+    "A causal model of letters: pre-norm blocks with a kind of attention, places by rotation or learned, one table."
 
     def __init__(self, kind: str, hidden: int):
         super().__init__()
         size = dict(vocab_size=texts()[1], embed_dim=WIDTH, num_heads=HEADS, num_kv_heads=HEADS, num_layers=LAYERS)
+        size |= dict(head_dim=WIDTH // HEADS)
         config = LanguageModelConfig(**size, hidden_dim=hidden, max_len=LENGTH, rope_base=1e4, eps=1e-5)
         self.word = nn.Embedding(config.vocab_size, WIDTH)
-        self.places = LearnedPositions(LENGTH, WIDTH)
+        turned = KINDS[kind].base == PLAIN
+        self.places = nn.Identity() if turned else LearnedPositions(LENGTH, WIDTH)
         self.layers = nn.ModuleList(DecoderLayer(config, None, None) for _ in range(LAYERS))
         for i, layer in enumerate(self.layers):
-            layer.attention = KINDS[kind].make(sizes_of_a_layer(), i)
+            layer.attention = KINDS[kind].make(sizes_of_a_layer(turned), i)
         self.norm = nn.RMSNorm(WIDTH, config.eps)
 
     def states(self, ids: Tensor) -> list[Tensor]:
@@ -107,8 +110,10 @@ class Speaker(nn.Module):
         return F.linear(self.norm(self.states(ids)[-1]), self.word.weight)
 
 
-def sizes_of_a_layer() -> Sizes:
-    return dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=WIDTH // HEADS, out_dim=WIDTH)
+def sizes_of_a_layer(turned: bool) -> Sizes:
+    "Of a layer of letters, which turns queries and keys by their places, or not."
+    sizes = dict(embed_dim=WIDTH, num_heads=HEADS, head_dim=WIDTH // HEADS, out_dim=WIDTH)
+    return sizes | dict(position=RoPE(WIDTH // HEADS)) if turned else sizes
 
 
 def count(module: nn.Module) -> int:
@@ -130,10 +135,17 @@ def _scale_of_letters(name: str, p: Tensor) -> float:
     return (3 * p.shape[1]) ** -0.5 / deep
 
 
-def windows(play: str, number: int, generator: torch.Generator) -> Tensor:  # number LENGTH + 1
-    ids = texts()[0][play]
+def windows(ids: Tensor, number: int, generator: torch.Generator) -> Tensor:  # number LENGTH + 1
+    "So many windows of a text, each with the letter that comes after it."
     at = torch.randint(len(ids) - LENGTH - 1, (number, 1), generator=generator, device="cpu")
     return ids[at + torch.arange(LENGTH + 1, device="cpu")]
+
+
+def _batches(seed: int) -> Iterator[Tensor]:
+    "Windows to train on, without end."
+    plays, generator = torch.cat([texts()[0][play] for play in PLAYS]), torch.Generator("cpu").manual_seed(seed)
+    while True:
+        yield windows(plays, BATCH, generator)
 
 
 def letter_loss(model: Speaker, ids: Tensor) -> Tensor:
@@ -147,16 +159,8 @@ def learn_letters(kind: str, heads: int, rate: float, seed: int, steps: int, dev
     model, hidden = matched_speaker(kind)
     drawn_by_name(model, seed, _scale_of_letters)
     model.to(device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    plays = torch.cat([texts()[0][play] for play in PLAYS])
-
-    def batches() -> Iterator[Callable[[], Tensor]]:
-        while True:
-            at = torch.randint(len(plays) - LENGTH - 1, (BATCH, 1), generator=generator, device="cpu")
-            ids = plays[at + torch.arange(LENGTH + 1, device="cpu")].to(device)
-            yield lambda ids=ids: letter_loss(model, ids)
-
-    course = train(model, batches(), steps, rate)
+    losses = (lambda ids=ids: letter_loss(model, ids.to(device)) for ids in _batches(seed))
+    course = train(model, losses, steps, rate)
     model.eval()
     with torch.no_grad():
         found = {
@@ -169,7 +173,7 @@ def learn_letters(kind: str, heads: int, rate: float, seed: int, steps: int, dev
 
 
 def _test_windows(play: str) -> Tensor:
-    return windows(play, WINDOWS, torch.Generator("cpu").manual_seed(0))
+    return windows(texts()[0][play], WINDOWS, torch.Generator("cpu").manual_seed(0))
 
 
 def resemblances(model: Speaker, ids: Tensor) -> list[float]:
@@ -224,8 +228,9 @@ def learn_shifts(kind: str, heads: int, rate: float, seed: int, steps: int, devi
     model.to(device)
 
     def loss(sequences: int, generator: torch.Generator) -> Tensor:
+        "Share of the variance that remains."
         x, target = shift_task(sequences, TOKENS, SHIFTS, NUMBERS_EACH, generator)
-        return (model(x.to(device)) - target.to(device)).square().mean()
+        return (model(x.to(device)) - target.to(device)).square().mean() / target.square().mean()
 
     generator = torch.Generator("cpu").manual_seed(seed)
     course = train(model, iter(lambda: lambda: loss(SEQUENCES, generator), None), steps, rate)
