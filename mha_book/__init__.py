@@ -55,6 +55,13 @@ from mha_book.plugs.rope_scaling import (
     RoPEYaRNScaling,
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from mha_book.variants.differential import (
+    DifferentialAttention,
+    DifferentialHeads,
+    SigmoidAttention,
+    SubtractHeads,
+    pair_heads,
+)
 from .variants.grouped import folded_attend, repeat_kv_heads
 from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
@@ -67,6 +74,7 @@ from mha_book.variants.head_importance import (
     scaled_heads,
     without_heads,
 )
+from .variants.interleaved_heads import InterleavedHeads
 from mha_book.variants.mixed_precision import (
     MixedPrecision,
     RotatedPosition,
@@ -78,6 +86,14 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from mha_book.variants.mixed_projections import (
+    MixedHeads,
+    fold_mixing,
+    knock_heads_,
+    mix_kv_heads_,
+    mix_output_heads,
+    mixing_matrices,
+)
 from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
 from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
@@ -87,6 +103,7 @@ from mha_book.variants.sensitivity import (
     head_sensitivity,
     joint_effect,
 )
+from .variants.talking_heads import TalkingHeads, mix_heads, talk_through_kernel
 
 __all__ = [
     # The layer
@@ -96,6 +113,7 @@ __all__ = [
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "InterleavedHeads",
     "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
@@ -129,6 +147,13 @@ __all__ = [
     "add_gates", "open_price", "prune_gated",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
+    # Heads that meet
+    "TalkingHeads", "mix_heads", "talk_through_kernel",
+    # Heads that talk to each other
+    "MixedHeads", "knock_heads_", "mix_kv_heads_", "mixing_matrices", "fold_mixing",
+    "mix_output_heads",
+    # Heads that talk to each other
+    "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..heads.head_counts import check_layer
+from ..heads.head_counts import check_answers, check_layer
 from mha_book.heads.layer import (
     Attend,
     AttendOptions,
@@ -252,8 +252,30 @@ def pair_heads(
 
     Both heads of a pair and λ have gradients of their own from the first step. Raises TypeError for no layer
     of this book, for methods or hooks of its own and projections that are no plain matrices, ValueError
-    where `finish` is taken.
+    where `finish` is taken, and where a plug of the layer does not work with twice the heads.
     """
+    _check_pairable(layer)
+    (h, g, d), proj, like = layer.layout, layer.in_proj, layer.out_proj.weight
+    new = DifferentialHeads(
+        proj.in_features, h, num_kv_heads=g, head_dim=d, value_dim=layer.layout.value_dim,
+        out_dim=len(like), bias=proj.bias is not None, dropout=layer.dropout,
+        position=copy.deepcopy(layer.position), attend=copy.deepcopy(layer.attend),
+        context_dim=None if layer.context_proj is None else layer.context_proj.in_features,
+        device=like.device, dtype=like.dtype)
+    for name in ("q_norm", "k_norm", "context_proj", "out_proj"):
+        setattr(new, name, copy.deepcopy(getattr(layer, name)))
+    for name, own in proj.named_parameters():
+        twice = own[:h * d].unflatten(0, (h, d)).repeat_interleave(2, 0).flatten(0, 1)
+        getattr(new.in_proj, name).copy_(torch.cat([twice, own[h * d:]]))
+    new.out_proj.weight.mul_(2)
+    for p in new.finish.parameters():
+        p.zero_()
+    check_answers(new, layer)    # a plug that counts heads finds twice as many
+    return new.train(layer.training)
+
+
+def _check_pairable(layer: MultiHeadAttention) -> None:
+    "Raise unless the layer is no more than its projections and plugs, and `finish` is free."
     check_layer(layer)
     if fault := own_ways(layer):
         raise TypeError(f"the layer has {fault}, which a layer of pairs would not have: take it off first")
@@ -261,25 +283,6 @@ def pair_heads(
         raise TypeError(fault)
     if layer.finish is not None:
         raise ValueError("finish is taken, and would be given half of each head: take it off first")
-    h, g, d = layer.layout
-    like, proj = layer.out_proj.weight, layer.in_proj
-    new = DifferentialHeads(
-        proj.in_features, h, num_kv_heads=g, head_dim=d, value_dim=layer.layout.value_dim,
-        out_dim=len(like), bias=proj.bias is not None, dropout=layer.dropout,
-        position=copy.deepcopy(layer.position), attend=copy.deepcopy(layer.attend),
-        context_dim=None if layer.context_proj is None else layer.context_proj.in_features,
-        device=like.device, dtype=like.dtype)
-    new.q_norm, new.k_norm = copy.deepcopy(layer.q_norm), copy.deepcopy(layer.k_norm)
-    for name, own in proj.named_parameters():
-        twice = own[:h * d].unflatten(0, (h, d)).repeat_interleave(2, 0).flatten(0, 1)
-        getattr(new.in_proj, name).copy_(torch.cat([twice, own[h * d:]]))
-    if layer.context_proj is not None:
-        new.context_proj.load_state_dict(layer.context_proj.state_dict())
-    new.out_proj.load_state_dict(layer.out_proj.state_dict())
-    new.out_proj.weight.mul_(2)
-    for p in new.finish.parameters():
-        p.zero_()
-    return new.train(layer.training)
 
 
 # %% ../../nbs/20e_differential.ipynb #sigmoid

@@ -59,7 +59,8 @@ class MixedHeads(nn.Module):
     def reset_parameters(self) -> None:
         "Every matrix is the identity."
         for matrix in self.parameters():
-            nn.init.eye_(matrix)
+            with torch.no_grad():    # eye_ would look at torch's default device
+                matrix.zero_().fill_diagonal_(1.0)
 
     def forward(
         self,

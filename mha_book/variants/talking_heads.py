@@ -30,7 +30,7 @@ from mha_book.heads.single_head import (
     scaled_logits,
     together,
 )
-from ..kernels.backends import AttentionCall, attention, capped, checked_call, window_mask
+from ..kernels.backends import AttentionCall, _check_window, attention, capped, checked_call
 
 
 # %% ../../nbs/20a_talking_heads.ipynb #mix
@@ -87,10 +87,11 @@ class TalkingHeads(nn.Module):
                 num_heads, num_heads, device=device, dtype=dtype)) if mixes else None)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         "Every head listens to itself only."
         for mixing in self.parameters(recurse=False):
-            nn.init.eye_(mixing)
+            mixing.zero_().fill_diagonal_(1.0)
 
     def forward(
         self,
@@ -196,7 +197,7 @@ def _check_options(logits: bool, weights: bool, window: object, scale: float | N
     if softcap is not None:
         check_number("softcap", softcap, above=0.0)
     if window is not None:
-        window_mask(1, 1, window)
+        _check_window(window)
     if attend is not None:
         _check_kernel(attend)
         if window is not None or softcap is not None:

@@ -458,7 +458,24 @@ enter(
     },
 )
 enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
+
+
+def through_kernel(q, k, v, **options):
+    mixing = torch.randn(s.h, s.h, device=q.device)
+    out = mha_book.talk_through_kernel(q, k, v, mixing, mixing, **options)
+    return mha_book.mix_heads(out, mixing)
+
+
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+enter("mix_heads, talk_through_kernel", partial(mixed, attend=through_kernel), SHARED | DROPOUT)
+enter(
+    "TalkingHeads",
+    held,
+    {
+        "by the definition": lambda h, **like: mha_book.TalkingHeads(h, window=3, softcap=2.0, **like),
+        "by a kernel": lambda h, **like: mha_book.TalkingHeads(h, weights=False, attend=mha_book.attention, **like),
+    },
+)
 
 
 def gated(device):
@@ -470,6 +487,14 @@ def gated(device):
 def mixture_of(device, **options):
     plug = mha_book.MixtureOfHeads(s.e, s.h, 4, num_shared=1, device=device, dtype=torch.float64)
     return layer_of(device, finish=plug, **options)
+
+
+def interleaved(device, options):
+    plug = mha_book.InterleavedHeads(s.h, 4, num_kv_heads=s.g, window=3, device=device, dtype=torch.float64)
+    return mixed(device, options, plug), [p.grad for p in plug.parameters()]
+
+
+enter("InterleavedHeads", interleaved, SHARED | DROPOUT)
 
 
 def routed(device):
@@ -547,6 +572,17 @@ def behind_gates(device, options):
     return layer, gates.draw(s.b), y, grads, pruned.eval()(x, context)
 
 
+def with_mixed_rows(device, options):
+    "Heads that knock and are mixed, folded; and mixed outputs."
+    layer = mha_book.mix_kv_heads_(mha_book.knock_heads_(layer_of(device, **options(device)[0])))
+    for matrix in (matrices := mha_book.mixing_matrices(layer)).values():
+        nn.init.normal_(matrix)
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y, folded, h = layer(x, context), mha_book.fold_mixing(layer), layer.layout.num_heads
+    out = mha_book.mix_output_heads(folded, torch.randn(h, h, device=device, dtype=torch.float64))
+    return layer, folded, out, y, out(x, context), torch.autograd.grad(y.sum(), [*matrices.values()])
+
+
 def of_saved_heads(device):
     "A layer of fewer heads into one of more."
     layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
@@ -576,6 +612,11 @@ enter(
     some_layers,
 )
 enter("prune_heads, prune_model", of_fewer_heads, some_layers)
+enter(
+    "MixedHeads, knock_heads_, mix_kv_heads_, mixing_matrices, fold_mixing, mix_output_heads",
+    with_mixed_rows,
+    some_layers,
+)
 enter("HeadGates, add_gates, open_price, prune_gated", behind_gates, some_layers)
 CASES |= {
     "match_heads": of_saved_heads,
@@ -589,6 +630,28 @@ CASES |= {
         mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
     ),
 }
+
+
+def in_pairs(device, options):
+    made, called = options(device)
+    made = dict(num_kv_heads=2, head_dim=s.d) | made
+    plug = mha_book.DifferentialAttention(s.h, s.d, 1, device=device, dtype=torch.float64)
+    in_halves = layer_of(device, attend=plug, **made)
+    made |= dict(num_kv_heads=s.g)
+    in_groups = mha_book.DifferentialHeads(s.e, s.h, **made, device=device, dtype=torch.float64)
+    twice = mha_book.pair_heads(layer_of(device, **made))
+    called.pop("bias", None)
+    layers = in_halves, in_groups, twice, layer_of(device, attend=mha_book.SigmoidAttention(), **made)
+    ys = [layer(tokens(device), **called) for layer in layers]
+    sum(y.sum() for y in ys).backward()
+    return layers, ys, [p.grad for layer in layers for p in layer.parameters()]
+
+
+enter(
+    "DifferentialAttention, DifferentialHeads, SubtractHeads, pair_heads, SigmoidAttention",
+    in_pairs,
+    {name: LAYERS[name] for name in ("plain", "causal", "mask, bias, padding", "value_dim", "position", "dropout")},
+)
 
 
 def in_fewer_bits(device, form):
