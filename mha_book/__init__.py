@@ -62,6 +62,7 @@ from mha_book.variants.differential import (
     SubtractHeads,
     pair_heads,
 )
+from .variants.collaborative_heads import CollaborativeHeads, collaborate
 from .variants.grouped import folded_attend, repeat_kv_heads
 from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
@@ -154,6 +155,7 @@ __all__ = [
     "mix_output_heads",
     # Heads that talk to each other
     "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
+    "CollaborativeHeads", "collaborate",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -938,6 +938,8 @@ def test_a_layer_of_x_transformers_whose_heads_talk_comes_in(which):
     x, real = random(s.b, s.n, WIDE), mask_of("b m", s.n)
     # their softmax is in float32, and they give 0 for padding
     assert_close(ours(x, is_causal=True, key_mask=real)[real], theirs(x, mask=real)[real], atol=1e-5)
+
+
 # Heads that are subtracted, and weights without a sum
 
 
