@@ -25,8 +25,8 @@ from mha_book.models.encoder import Encoder, EncoderConfig, EncoderLayer
 from mha_book.models.language_model import DecoderLayer, LanguageModel, LanguageModelConfig
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
-from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.collaborative_heads import CollaborativeHeads
+from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.differential import DifferentialAttention, DifferentialHeads, SigmoidAttention
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
