@@ -7,6 +7,7 @@ __all__ = ['ComposedHeads', 'MultiTokenAttention']
 
 # %% ../../nbs/20d_composed_heads.ipynb #imports
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Unpack
 
 import torch
@@ -119,7 +120,7 @@ class _TokenMix(nn.Module):
         self.num_heads, self.rank = num_heads, rank
         self.hidden = nn.Linear(width, 2 * hidden_dim, bias=False, **options)
         self.factors = nn.Parameter(torch.empty(2, hidden_dim, 2 * rank * num_heads, **options))
-        self.gates = nn.Linear(width, 2 * num_heads, bias=False, **options)
+        self.gates = nn.Parameter(torch.empty(2 * num_heads, width, **options))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,7 +129,7 @@ class _TokenMix(nn.Module):
         nn.init.normal_(self.factors, std=self.factors.shape[1] ** -0.5)
         with torch.no_grad():
             self.factors[..., self.rank * self.num_heads:].zero_()
-        nn.init.zeros_(self.gates.weight)
+        nn.init.zeros_(self.gates)
 
     def forward(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t c"]:
         "For each head c = 2 (2r + 1) numbers: of logits, then of weights; read, write, gate."
@@ -136,7 +137,7 @@ class _TokenMix(nn.Module):
         factors = torch.einsum("btck,ckf->btcf", hidden, self.factors.to(hidden.dtype))
         read, write = factors.unflatten(-1, (2, self.rank, self.num_heads)).unbind(-3)
         read = F.rms_norm(read, read.shape[-1:], eps=1e-6)
-        gates = torch.tanh(self.gates(x)).unflatten(-1, (2, 1, -1))
+        gates = torch.tanh(F.linear(x, self.gates)).unflatten(-1, (2, 1, -1))
         return torch.cat([read, write, gates.to(write.dtype)], -2).flatten(2, 3).permute(0, 3, 1, 2)
 
 
@@ -154,7 +155,7 @@ class _Composition(nn.Module):
     def reset_parameters(self) -> None:
         "Every head listens to itself only."
         for mixing in (self.logit_mixing, self.weight_mixing):
-            nn.init.eye_(mixing)
+            _start_as_identity(mixing)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttendOptions]) -> Tensor:
         "Mix the logits, hide, softmax, mix the weights, and the mean of the values."
@@ -181,10 +182,23 @@ class _Composition(nn.Module):
         for at, said in zip("nm", tokens):
             if said:
                 read, write, gate = (t.to(each.dtype) for t in said)    # b h n r, or b h m r
-                heard = torch.einsum(f"bhnm,bh{at}r->brnm", each, read)
-                mixed = mixed + torch.einsum(f"brnm,bh{at}r->bhnm", heard, write)
+                with _not_narrowed(each):
+                    heard = torch.einsum(f"bhnm,bh{at}r->brnm", each, read)
+                    mixed = mixed + torch.einsum(f"brnm,bh{at}r->bhnm", heard, write)
                 mixed = mixed + each * (gate if at == "n" else gate.mT)
         return mixed
+
+
+def _not_narrowed(t: Tensor) -> AbstractContextManager:
+    "A block in which autocast leaves dtypes as they are."
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+@torch.no_grad()
+def _start_as_identity(mixing: Float[Tensor, "*groups h h"]) -> None:
+    "In place, on whatever device it is: torch's eye_ asks the default device."
+    nn.init.zeros_(mixing).diagonal(dim1=-2, dim2=-1).fill_(1.0)
 
 
 def _check_composed(rank: int, hidden_dim: int | None, from_keys: bool, window: object, attend: object) -> None:
@@ -241,7 +255,7 @@ class MultiTokenAttention(nn.Module):
         nn.init.zeros_(self.kernel)
         with torch.no_grad():
             self.kernel[:, 0, self.kernel.shape[2] // 2] = 1.0
-            self.weight_mixing.copy_(torch.eye(self.weight_mixing.shape[1]))
+        _start_as_identity(self.weight_mixing)
 
     def forward(
         self,
@@ -254,10 +268,11 @@ class MultiTokenAttention(nn.Module):
         call = checked_call(q, k, v, window=self.window, scale=self.scale, **options)
         self._check_call(call, options.get("is_causal", False))
         logits = scaled_logits(q, k, self.scale)
-        logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
-        weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
-        mixing = self.weight_mixing.to(weights.dtype)
-        groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
+        with _not_narrowed(q):
+            logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
+            weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
+            mixing = self.weight_mixing.to(weights.dtype)
+            groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
         weights = groups.flatten(1, 2).type_as(v)
         weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
         return weights @ repeat_groups(v, q.shape[1])
