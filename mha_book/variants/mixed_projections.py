@@ -186,7 +186,7 @@ class _MixedStart(Start):
 
 
 def mixing_matrices(
-    layer: MultiHeadAttention,
+    layer: MultiHeadAttention,   # mixed, or plain and then without any
 ) -> dict[str, nn.Parameter]:    # "q channels" or "k heads", for instance -> its matrix
     "The matrices that mix, of all projections: to look at, or as a group of an optimizer."
     check_layer(layer)
