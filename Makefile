@@ -129,6 +129,11 @@ ladder: $(READY) ## do without heads, by some twenty rules and trainings (half a
 	@mkdir -p nbs/measured
 	@$(BIN)/mha-book ladder --json nbs/measured/ladder-yours.json
 
+.PHONY: mixing
+mixing: $(READY) ## train a dozen ways to mix heads on two tasks (three quarters of an hour on a CPU; goes on where it was stopped)
+	@mkdir -p nbs/measured
+	@$(BIN)/mha-book mixing --json nbs/measured/mixing-yours.json
+
 .PHONY: parity
 parity: $(READY) ## every combination of options against the loop, not only every pair (long)
 	@MHA_FULL_GRID=1 $(BIN)/python -m pytest tests/test_parity.py

@@ -55,6 +55,15 @@ from mha_book.plugs.rope_scaling import (
     RoPEYaRNScaling,
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from .variants.composed_heads import ComposedHeads, MultiTokenAttention
+from .variants.collaborative_heads import CollaborativeHeads, collaborate
+from mha_book.variants.differential import (
+    DifferentialAttention,
+    DifferentialHeads,
+    SigmoidAttention,
+    SubtractHeads,
+    pair_heads,
+)
 from .variants.grouped import folded_attend, repeat_kv_heads
 from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
@@ -79,6 +88,14 @@ from mha_book.variants.mixed_precision import (
     sort_heads,
     use_precision,
 )
+from mha_book.variants.mixed_projections import (
+    MixedHeads,
+    fold_mixing,
+    knock_heads_,
+    mix_kv_heads_,
+    mix_output_heads,
+    mixing_matrices,
+)
 from .variants.mixture_of_heads import MixtureOfHeads, Routes, balance_loss, recorded_routes, skip_heads
 from .variants.prune_heads import match_heads, prune_heads, prune_model
 from mha_book.variants.sensitivity import (
@@ -88,15 +105,18 @@ from mha_book.variants.sensitivity import (
     head_sensitivity,
     joint_effect,
 )
+from .variants.talking_heads import TalkingHeads, mix_heads, talk_through_kernel
 
 __all__ = [
     # The layer
     "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
     "nearest_head_counts", "pad_heads", "separate_projections", "stack_projections",
     "AttentionHead", "HeadList",
+    "ComposedHeads",
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "MultiTokenAttention",
     "InterleavedHeads",
     "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
@@ -131,6 +151,14 @@ __all__ = [
     "add_gates", "open_price", "prune_gated",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
+    # Heads that meet
+    "TalkingHeads", "mix_heads", "talk_through_kernel",
+    # Heads that talk to each other
+    "MixedHeads", "knock_heads_", "mix_kv_heads_", "mixing_matrices", "fold_mixing",
+    "mix_output_heads",
+    # Heads that talk to each other
+    "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
+    "CollaborativeHeads", "collaborate",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -36,10 +36,13 @@ from mha_book.instruments.testing import SIZES, assert_as_exact
 from mha_book.lab.one_wrong_line import hamlet
 from mha_book.models.encoder import encode
 from mha_book.models.language_model import LanguageModel, LanguageModelConfig, generate, load_smollm2
+from mha_book.plugs.cache import KVCache
 from mha_book.plugs.positions import alibi_slopes, relative_buckets
+from mha_book.variants.differential import DifferentialAttention, SigmoidAttention
 from mha_book.variants.head_gates import HeadGates, prune_gated
 from mha_book.variants.mixture_of_heads import MixtureOfHeads, skip_heads
 from mha_book.variants.prune_heads import match_heads, prune_heads
+from mha_book.variants.talking_heads import TalkingHeads, talk_through_kernel
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -871,3 +874,162 @@ def test_a_mask_in_another_models_words_is_no_mask(implementation, wrong):
     theirs = theirs if implementation == "eager" else theirs.long()  # True is added as 1, or 1 is a real token
     got, wanted = ask_transformers(implementation)(mask, theirs, s.n)
     assert not torch.allclose(got, wanted)
+
+
+# Talking heads of x-transformers
+
+# when it is imported it calls a function that torch deprecates
+scripted = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def talked_as_theirs(theirs, num_heads=s.h):
+    "A plug with the numbers of their `Attend`: it adds the mixed logits to the logits, and replaces the weights."
+    before, after = theirs.pre_softmax_talking_heads, theirs.post_softmax_talking_heads
+    plug = TalkingHeads(num_heads, logits=before is not None, weights=after is not None, dtype=torch.float64)
+    with torch.no_grad():
+        if before is not None:
+            plug.logit_mixing.add_(before.weight[:, :, 0, 0])  # ours begins as the identity
+        if after is not None:
+            plug.weight_mixing.copy_(after.weight[:, :, 0, 0])
+    return plug
+
+
+def talking_of_theirs(**options):
+    "Random mixtures; with qk_norm their softmax is in the dtype of the logits, and otherwise in float32."
+    made = library("x_transformers.attend").Attend(heads=s.h, qk_norm=True, **options).double()
+    fill(made.parameters())
+    return made
+
+
+@scripted
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_talking_heads_are_those_of_x_transformers(which, causal):
+    theirs = talking_of_theirs(pre_talking_heads=which[0], post_talking_heads=which[1], causal=causal)
+    plug = talked_as_theirs(theirs)
+    q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, s.m, s.d), random(s.b, s.h, s.m, s.dv)
+    mask, bias = random_rows(s.b, 1, 1, s.m), random(s.h, s.n, s.m)
+    wanted, _ = theirs(q, k, v, mask=mask, attn_bias=bias)
+    options = dict(mask=mask, bias=bias, is_causal=causal)
+    assert_close(plug(q, k, v, **options), wanted)
+    assert_close(talk_through_kernel(q, k, v, plug.logit_mixing, plug.weight_mixing, **options), wanted)
+
+
+@scripted
+def test_talking_heads_of_x_transformers_begin_at_twice_the_logits():
+    theirs = library("x_transformers.attend").Attend(heads=s.h, qk_norm=True, pre_talking_heads=True).double()
+    q, k, v = random(s.b, s.h, s.n, s.d), random(s.b, s.h, s.m, s.d), random(s.b, s.h, s.m, s.d)
+    assert_close(theirs(q, k, v)[0], plain_attention(q, k, v, scale=2 * s.d**-0.5))
+    assert torch.equal(TalkingHeads(s.h)(q, k, v), plain_attention(q, k, v))
+
+
+@scripted
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_a_layer_of_x_transformers_whose_heads_talk_comes_in(which):
+    theirs = (
+        library("x_transformers.x_transformers")
+        .Attention(WIDE, heads=s.h, dim_head=s.d, causal=True, pre_talking_heads=which[0], post_talking_heads=which[1])
+        .double()
+    )
+    fill(theirs.parameters())
+    state = {name: t for name, t in theirs.state_dict().items() if name.startswith("to_")}
+    own = Dialect(dict(q="to_q", k="to_k", v="to_v", o="to_out"))
+    ours = from_state_dict(state, EQUAL, own, attend=talked_as_theirs(theirs.attend))
+    x, real = random(s.b, s.n, WIDE), mask_of("b m", s.n)
+    # their softmax is in float32, and they give 0 for padding
+    assert_close(ours(x, is_causal=True, key_mask=real)[real], theirs(x, mask=real)[real], atol=1e-5)
+
+
+# Heads that are subtracted, and weights without a sum
+
+
+def turned_as_there(q, k, *, offset):
+    "Rotary positions after `offset` tokens, for all rows or for each; angles in float32."
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(0, s.d, 2).float() / s.d)
+    places = torch.as_tensor(offset).view(-1, 1) + torch.arange(q.shape[2])
+    angles = (places.float()[..., None] * frequencies).repeat(1, 1, 2)[:, None]
+    halves = [torch.cat([-second, first], -1) for first, second in (t.chunk(2, -1) for t in (q, k))]
+    return tuple(t * angles.cos().double() + half * angles.sin().double() for t, half in zip((q, k), halves))
+
+
+class Differential:
+    "The attention of Transformers' DiffLlama and this book's layer with its weights, in float64."
+
+    def __init__(self, num_heads, num_kv_heads, index):
+        library("transformers").logging.set_verbosity_error()
+        theirs = importlib.import_module("transformers.models.diffllama.modeling_diffllama")
+        self.config = theirs.DiffLlamaConfig(
+            hidden_size=s.e, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=s.d
+        )
+        self.config._attn_implementation = "sdpa"  # their eager one takes its softmax in float32
+        self.module = theirs.DiffLlamaAttention(self.config, index).double().eval()
+        fill(self.module.parameters())
+        for q, k in ((self.module.lambda_q1, self.module.lambda_k1), (self.module.lambda_q2, self.module.lambda_k2)):
+            place, dot = torch.randint(s.d, ()).item(), next(exact_exponents)
+            with torch.no_grad():  # a sum that float32 has, in which they take their exponential
+                k.mul_(torch.arange(s.d) == place), k[place].fill_(1.0), q[place].fill_(dot)
+        self.layer = self.carried(HeadLayout(num_heads, num_kv_heads, s.d), index)
+
+    def carried(self, heads, index):
+        plug = DifferentialAttention(heads.num_heads, s.d, index, dtype=torch.float64)
+        names = {f"attend.{n}" if n.startswith("lambda") else n: t for n, t in self.module.state_dict().items()}
+        return from_state_dict(names, heads, "separate", position=turned_as_there, attend=plug).eval()
+
+    def __call__(self, x, mask=None):
+        "Their output; their mask is added to the logits."
+        seen = causal_mask(x.shape[1], x.shape[1]) if mask is None else mask
+        added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+        added = added[(None,) * (4 - added.dim())].expand(len(x), 1, -1, -1)
+        frequencies = 1.0 / 10_000.0 ** (torch.arange(0, s.d, 2).float() / s.d)
+        angles = torch.arange(x.shape[1]).float()[:, None] * frequencies
+        tables = [table.double().repeat(1, 2)[None] for table in (angles.cos(), angles.sin())]
+        return self.module(x, position_embeddings=tables, attention_mask=added)[0]
+
+
+def numbers_with_exact_exponents():
+    "Numbers of float32 whose exponential, taken there, is that of float64 to 1e-11."
+    near = torch.linspace(-0.9, 0.9, 400_001, dtype=torch.float32)
+    error = (near.exp().double() - near.double().exp()).abs()
+    yield from near[error.argsort()[:30]][torch.randperm(30)].tolist()
+
+
+exact_exponents = numbers_with_exact_exponents()
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, index", [(6, 6, 0), (8, 4, 3), (12, 2, 17), (4, 2, 1)])
+def test_differential_attention_is_that_of_diffllama(num_heads, num_kv_heads, index):
+    theirs, x = Differential(num_heads, num_kv_heads, index), random(s.b, s.m, s.e)
+    layer = theirs.layer
+    assert abs(layer.attend.factor() - layer.attend.lambda_init) > 1e-3
+    assert_close(layer(x, is_causal=True), theirs(x))
+    mask = torch.rand(s.b, 1, s.m, s.m) < 0.6
+    mask[..., 0] = True
+    assert_close(layer(x, mask=mask), theirs(x, mask))
+    cache = KVCache(s.b, num_kv_heads, s.m, s.d, dtype=torch.float64)
+    with torch.no_grad():
+        parts = [layer(part, is_causal=True, cache=cache) for part in x.split([3, 1, 2, 1], 1)]
+        assert_close(torch.cat(parts, 1), theirs(x))
+        layer.position = RoPE(s.d)  # the book's own, whose angles are not rounded
+        assert_close(layer(x, is_causal=True), theirs(x), atol=1e-6)
+
+
+def test_the_factor_of_diffllama_is_theirs_to_float32_and_begins_as_theirs():
+    theirs = Differential(4, 2, 5)
+    fill(theirs.module.parameters())
+    layer, x = theirs.carried(HeadLayout(4, 2, s.d), 5), random(s.b, s.m, s.e)
+    assert_close(layer(x, is_causal=True), theirs(x), atol=1e-5)
+    assert layer.attend.lambda_init == theirs.module.lambda_init and layer.attend.eps == theirs.module.groupnorm.eps
+    with pytest.raises(AssertionError):
+        wrong = DifferentialAttention(4, s.d, 6, dtype=torch.float64)
+        wrong.load_state_dict(layer.attend.state_dict())
+        layer.attend = wrong
+        assert_close(layer(x, is_causal=True), theirs(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by what it imports
+@pytest.mark.parametrize("causal", [False, True])
+def test_sigmoid_attention_without_a_bias_is_that_of_x_transformers(causal):
+    theirs = library("x_transformers.attend").Attend(sigmoid=True, causal=causal, heads=s.h).eval()
+    q, k, v = (random(s.b, s.h, n, s.d) for n in (s.n, s.m, s.m))
+    assert_close(SigmoidAttention(bias=0.0)(q, k, v, is_causal=causal), theirs(q, k, v)[0])
+    assert not torch.allclose(SigmoidAttention()(q, k, v, is_causal=causal), theirs(q, k, v)[0], atol=1e-3)

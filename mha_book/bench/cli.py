@@ -1,5 +1,5 @@
 """The command `mha-book`: `bench` times, `stress` trains until it breaks, `heads` takes heads out, `precision` rounds
-them, `ladder` does without them; each can refuse.
+them, `ladder` does without them, `mixing` lets them talk; each can refuse.
 
 A number can be printed for any setting. A setting whose number would mean nothing is refused, with the reason and with
 what would do. A command that is broken off writes what was measured, and says so in one line.
@@ -7,31 +7,25 @@ what would do. A command that is broken off writes what was measured, and says s
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from ..instruments.device import _alone, pick_device
+from ..instruments.device import _alone
 from ..instruments.roofline import measure_machine
 from ..lab.one_wrong_line import HAMLET
 from ..lab.stress import TREATMENTS, Run, Training
 from ..models.language_model import SMOLLM2, load_smollm2
 from .ablations import Ablations, run_ablations, show_ablations
+from .by_steps import add_ladder, add_mixing, add_precision, check_common
 from .contests import announce, hold_suite
 from .ending import STOPS, to_the_end, warn
-from .files import check_writable
-from .keeping import _command, _keep, _progress
-from .ladder import Ladder, as_ladder, read_ladder, run_ladder, show_ladder
-from .ladder_plan import LADDERS
-from .ladder_sizes import SIZES as LADDER_SIZES
-from .measured import OTHERS, Measurement, Origin, provenance, write_file
+from .keeping import _keep, _progress
+from .measured import Measurement, provenance
 from .memory import check_memory, chosen_dtype
-from .precision import Precision, as_precision, read_precision, run_precision, show_precision
-from .subjects import SUBJECTS, TEXTS, check_packages, checked_models, checked_sizes
+from .subjects import check_packages
 from .suites import Setting, no_compiler
 from .suites_flex import SUITES  # with the model's and FlexAttention's
 from .trials import Trials, run_trials, show_trials
@@ -58,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mha-book", description="Measure multi-head attention on this machine.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
-    for add_to in _add_bench, _add_stress, _add_heads, _add_precision, _add_ladder:
+    for add_to in _add_bench, _add_stress, _add_heads, add_precision, add_ladder, add_mixing:
         add_to(commands)
     return parser
 
@@ -101,30 +95,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     if args.quick and args.sizes:
         raise ValueError("--quick has a size of its own; give --sizes or --quick, not both")
-
-
-def _check_common(args: argparse.Namespace) -> torch.device:
-    "Seed, file and device of a command; its files are told from the others' by name."
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be 0 or more, and below 2**63")
-    if args.json is not None:
-        if not args.json.name.isprintable() or len(args.json.name) > 200 or args.json.name == "-":
-            raise ValueError(f"--json {str(args.json)!r}: needed is a name in print, up to 200 letters")
-        try:
-            check_writable(args.json)
-        except ValueError as error:
-            raise ValueError(f"--json {error}") from None
-        named = [other for other in OTHERS if args.json.name.startswith(other)]
-        if named != [args.command] * (args.command in OTHERS):
-            raise ValueError(
-                f"--json {args.json}: names of the stress test's files, and no "
-                f"others, begin with stress, as in stress-yours.json, those "
-                f"of the heads with heads, of the ladder with ladder, and those of precision with precision"
-            )
-    device = pick_device(args.device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}: there is no clock for it; use cpu or cuda")
-    return device
 
 
 def _size(text: str) -> list[int]:
@@ -178,7 +148,7 @@ def _plan_stress(args: argparse.Namespace) -> tuple[list[str], list[float], Trai
         raise ValueError(f"--rates {rates}: learning rates are above 0 and finite")
     if args.seeds < 1 or args.seed + args.seeds > 2**31:
         raise ValueError(f"--seeds {args.seeds} from {args.seed} on: at least one, below 2**31")
-    return names, rates, Training(steps=args.steps), _check_common(args)
+    return names, rates, Training(steps=args.steps), check_common(args)
 
 
 # mha-book heads
@@ -200,49 +170,7 @@ def _plan_heads(args: argparse.Namespace) -> tuple[torch.device]:
     if not 1 <= args.passages <= 100:
         raise ValueError(f"--passages {args.passages} must be 1 to 100")
     check_packages(SMOLLM2, HAMLET)
-    return (_check_common(args),)
-
-
-# mha-book precision, mha-book ladder: models are asked step by step, and files are taken up again
-
-
-def _add_precision(commands: argparse._SubParsersAction) -> None:
-    "`mha-book precision`, what it takes and what it does."
-    text, lots = "store keys and values in few bits, by a dozen rules", "of the rules that draw lots"
-    _add_stepwise(commands, "precision", text, TEXTS, lots, read_precision, _precision)
-
-
-def _add_ladder(commands: argparse._SubParsersAction) -> None:
-    "`mha-book ladder`, what it takes and what it does."
-    text, lots = "do without heads, by some twenty rules and trainings", "of all that is drawn"
-    _add_stepwise(commands, "ladder", text, LADDER_SIZES, lots, read_ladder, _ladder)
-
-
-def _add_stepwise(
-    commands: argparse._SubParsersAction, name: str, text: str, allowed: dict, lots: str, read: Callable, run: Callable
-) -> None:
-    "A command on models that is measured step by step, with the sizes that it allows."
-    command = commands.add_parser(name, help=text)
-    add = command.add_argument
-    add("models", nargs="*", metavar="MODEL", help=f"{', '.join(SUBJECTS)}; both unless told")
-    for size, (_, usual, _, what) in allowed.items():
-        add(f"--{size.replace('_', '-')}", type=int, default=usual, metavar="N", help=what)
-    add("--device", default="cpu", help="cpu (unless told), cuda, cuda:1")
-    add("--seed", type=int, default=0, help=f"{lots}, and of the intervals (0)")
-    kept = f"write all scores: {name}-yours.json, say; one that was broken off is taken up"
-    add("--json", type=Path, metavar="FILE", help=kept)
-    command.set_defaults(refuse=command.error, plan=partial(_plan_stepwise, allowed=allowed, read=read), run=run)
-
-
-def _plan_stepwise(
-    args: argparse.Namespace, allowed: dict, read: Callable[[Path], Origin]
-) -> tuple[list[str], dict[str, int], Origin | None, torch.device]:
-    "Of which models, on how many texts, what is measured already, and where; ValueError says why not."
-    models, sizes = checked_models(args.models), checked_sizes(vars(args), allowed)
-    check_packages(*[SMOLLM2] * ("language" in models), HAMLET)
-    device = _check_common(args)
-    before = read(args.json) if args.json is not None and args.json.exists() else None
-    return models, sizes, before, device
+    return (check_common(args),)
 
 
 # The plan of a benchmark
@@ -251,7 +179,7 @@ def _plan_stepwise(
 def _plan(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, list[tuple[str, Setting]]]:
     "Where, in what and what: all that could be refused, is refused here."
     _check_arguments(args)
-    device = _check_common(args)
+    device = check_common(args)
     given = QUICK if args.quick else [_size(text) for text in args.sizes or ()]
     dtype = chosen_dtype(args.dtype, device)
     more = [LARGE] if device.type == "cuda" else []
@@ -318,43 +246,6 @@ def _heads(args: argparse.Namespace, device: torch.device) -> int:
     model, tokenizer = load_smollm2(device)
     found, stop = run_ablations(model, tokenizer, args.passages, args.seed, _progress())
     return _keep(args, Ablations, found, stop, lambda: show_ablations(Ablations(**found, command="heads")))
-
-
-def _precision(
-    args: argparse.Namespace, models: list[str], sizes: dict[str, int], before: Precision | None, device: torch.device
-) -> int:
-    "Measure heads and try the rules, write every score down at once, and show what they come to: an exit code."
-    subjects = [SUBJECTS[name](sizes, device) for name in models]
-    measure = partial(run_precision, subjects, sizes, args.seed, before)
-    results = "traits", "effects", "points"
-    return _by_steps(args, Precision, measure, results, lambda found: show_precision(as_precision(found)))
-
-
-def _ladder(
-    args: argparse.Namespace, models: list[str], sizes: dict[str, int], before: Ladder | None, device: torch.device
-) -> int:
-    "Climb every rung, write each down at once, and show what they come to: an exit code."
-    subjects = [LADDERS[name](sizes, args.seed, device) for name in models]
-    measure = partial(run_ladder, subjects, sizes, args.seed, before)
-    results = "importance", "rungs", "tables"
-    return _by_steps(args, Ladder, measure, results, lambda found: show_ladder(as_ladder(found)))
-
-
-def _by_steps(
-    args: argparse.Namespace, kind: type[Origin], measure: Callable, results: tuple[str, ...], show: Callable
-) -> int:
-    "Measure, and write the file after every step; a file without any of the results is not written in the end."
-
-    def keep(found: dict) -> None:
-        if args.json is not None:
-            write_file(kind, args.json, found | dict(command=_command(args)))
-
-    try:
-        found, stop = measure(_progress(), keep)
-    except ValueError as error:
-        args.refuse(f"--json {args.json}: {error}")
-    empty = not any(found[name] for name in results)
-    return _keep(args, kind, None if empty else found, stop, lambda: show(found))
 
 
 # The command

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from .ending import exit_code, give_up, is_watched, reason, say, undisturbed, warn
 from .ladder_sizes import SIZES
 from .measured import Origin, write_file
+from .mixing_sizes import SIZES as MIXING_SIZES
 from .subjects import TEXTS
 
 
@@ -68,7 +69,7 @@ def _command(args: argparse.Namespace) -> str:
     given = vars(args)
     words = ["mha-book", args.command, *(given.get("suites") or given.get("treatments") or given.get("models") or ())]
     last = "device", "dtype", "rounds", "seeds", "seed", "steps"
-    first = [name for name in ("passages", *TEXTS, *SIZES) if name not in last]
+    first = [name for name in ("passages", *TEXTS, *SIZES, *MIXING_SIZES) if name not in last]
     for name in dict.fromkeys((*first, *last)):  # each once
         if given.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(given[name])]

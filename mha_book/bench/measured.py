@@ -361,7 +361,7 @@ def _commit(clone: Path) -> str | None:
 # Side by side
 
 
-OTHERS = "stress", "heads", "precision", "ladder"  # what files of other commands begin with
+OTHERS = "stress", "heads", "precision", "ladder", "mixing"  # what files of other commands begin with
 
 
 def measurements(

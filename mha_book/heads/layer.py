@@ -363,7 +363,7 @@ def _check_turn(layer: nn.Module, cache: Cache, seen: int | Tensor) -> None:
 
 def _same_keys(one: nn.Module, other: nn.Module) -> bool:
     "Whether two layers make the same keys and values of the same tokens, by their numbers."
-    makers = "in_proj", "context_proj", "k_norm", "position"
+    makers = "in_proj", "context_proj", "k_proj", "v_proj", "content_proj", "k_norm", "position"
     a, b = ({f"{name}.{key}": value for name in makers
              if isinstance(maker := getattr(layer, name, None), nn.Module)
              for key, value in maker.state_dict().items()} for layer in (one, other))
@@ -430,7 +430,7 @@ def own_ways(
 
 
 
-def check_unhooked(layer: MultiHeadAttention) -> None:
+def check_unhooked(layer: nn.Module) -> None:
     "Raise TypeError for forward pre-hooks on the layer itself, which run in its calls only."
     if layer._forward_pre_hooks:
         raise TypeError("the layer has forward pre-hooks, which change what it is given (or bring its "

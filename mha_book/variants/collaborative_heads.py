@@ -6,25 +6,407 @@
 __all__ = ['CollaborativeHeads', 'collaborate']
 
 # %% ../../nbs/20f_collaborative_heads.ipynb #imports
-from torch import nn
+import copy
+from functools import partial
+from typing import NamedTuple
 
-from ..heads.layer import MultiHeadAttention
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..heads.head_counts import check_layer
+from mha_book.heads.layer import (
+    Attend,
+    Finish,
+    MultiHeadAttention,
+    _begin,
+    _check_options,
+    check_unhooked,
+    own_ways,
+    width_of_a_head,
+)
+from mha_book.heads.single_head import (
+    check_additions,
+    check_count,
+    check_device,
+    check_floats,
+    check_number,
+    fused_attend,
+    is_certain,
+    is_whole,
+    join_masks,
+    plain_attention,
+)
+from ..heads.weight_split import Start, check_projectable, merge_heads, split_heads
+from ..kernels.backends import attention
+from ..plugs.cache import KVCache
+
 
 # %% ../../nbs/20f_collaborative_heads.ipynb #collaborative
-class CollaborativeHeads(nn.Module):
-    """Attention whose heads share one matrix for queries and one for keys, of width `key_dim`, and differ in how they weigh its
-    channels: logit_i = (q · mixing_i) · k. Its `forward` is the layer's.
+class _Silent(nn.Linear):
+    "A linear map that starts at 0."
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class CollaborativeHeads(nn.Module):
+    """Attention whose heads share one matrix for queries and one for keys, of width `key_dim`, and differ in how they
+    weigh its channels: logit_i = ((q ∘ mixing_i) · k + content_i) · scale, with content_i = w_i · y for each key y.
+
+    `forward` and `attention_map` are the layer's, and so are their arguments. Values and outputs are those of heads.
+    It starts as plain heads, each with its own key_dim / h channels. A cache holds one key for all heads, with the
+    h contents behind it, and all values side by side: `new_cache` makes one. A plug in `attend` gets queries
+    and keys of that width, with `scale` in the queries, for a plug that divides by the root of the width.
+    Raises TypeError or ValueError for counts, widths, dtypes and devices that do not fit.
     Source: Cordonnier et al. 2020, arXiv 2006.16362.
     """
 
+    def __init__(
+        self,
+        embed_dim: int,                    # width of a token, e
+        num_heads: int,                    # query heads, h
+        key_dim: int | None = None,        # width of the shared queries and keys; embed_dim unless told
+        *,
+        num_kv_heads: int | None = None,   # heads of values, g; num_heads unless told
+        value_dim: int | None = None,      # width of a value; embed_dim / h unless told
+        out_dim: int | None = None,        # width of the output; embed_dim unless told
+        bias: bool = True,                 # whether contents, values and outputs have learned vectors
+        scale: float | None = None,        # of the logits; sqrt(h / key_dim) unless told
+        dropout: float = 0.0,              # share of the weights dropped in training
+        attend: Attend | None = None,      # mixes the values; fused_attend unless told
+        finish: Finish | None = None,      # (heads, x) -> heads, before the last product
+        context_dim: int | None = None,    # width of another input for keys and values
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_options(embed_dim, num_heads, out_dim, context_dim, bias, dropout,
+                       dict(attend=attend, finish=finish, qk_norm=None), dtype)
+        key_dim, g, dv = _checked_widths(embed_dim, num_heads, key_dim, num_kv_heads, value_dim, scale)
+        check_device(device)
+        self.num_heads, self.num_kv_heads, self.key_dim, self.value_dim = num_heads, g, key_dim, dv
+        self.scale = (num_heads / key_dim) ** 0.5 if scale is None else float(scale)
+        self.dropout, self.finish = dropout, finish
+        self.attend = fused_attend if attend is None else attend
+        options, width = dict(device=device, dtype=dtype), embed_dim if context_dim is None else context_dim
+        self.q_proj = nn.Linear(embed_dim, key_dim, bias=False, **options)
+        self.k_proj = nn.Linear(width, key_dim, bias=False, **options)
+        self.content_proj = _Silent(width, num_heads, bias=False, **options) if bias else None
+        self.v_proj = nn.Linear(width, g * dv, bias, **options)
+        self.out_proj = nn.Linear(num_heads * dv, embed_dim if out_dim is None else out_dim, bias, **options)
+        self.mixing = nn.Parameter(torch.empty(num_heads, key_dim, **options))
+        self.reset_parameters()
 
+    forward = MultiHeadAttention.forward
+    attention_map = MultiHeadAttention.attention_map
+
+    def reset_parameters(self) -> None:
+        "Plain heads: each has its own channels, and the matrices start as the layer's would."
+        _start(self)
+
+    def qkv(
+        self,
+        x: Float[Tensor, "b n e"],                      # tokens that ask
+        context: Float[Tensor, "b m c"] | None = None,  # those that answer; `x` unless told
+        *,
+        value: Float[Tensor, "b m c"] | None = None,    # what values are made of, as keys
+    ) -> tuple[Float[Tensor, "b h n w"], Float[Tensor, "b 1 m w"], Float[Tensor, "b g m dv"]]:
+        """Mixed queries, the shared keys with their contents, and values.
+
+        Raises TypeError or ValueError for tokens that do not fit the projections.
+        """
+        _check_tokens(self, x, context, value)
+        keys = x if context is None else context
+        v = split_heads(self.v_proj(keys if value is None else value), self.num_kv_heads)
+        q = self.q_proj(x)[:, None] * self.mixing[:, None]
+        k = self.k_proj(keys)[:, None]
+        if self.content_proj is not None:
+            q, k = _with_contents(q, k, self.content_proj(keys))
+        # attend divides by the root of the width
+        return (q * (self.scale * q.shape[3] ** 0.5)).to(v.dtype), k.to(v.dtype), v
+
+    def _see(self, x, context, value, mask, key_mask, cache):
+        "Queries, all keys and values that they may look at, and all masks as one."
+        if cache is not None:
+            context, value, _ = _begin(self, x, context, value, key_mask, cache)
+        q, k, v = self.qkv(x, context, value=value)
+        visible = None if key_mask is None else key_mask[:, None, None]
+        if cache is not None:    # all values side by side, as those of one head
+            known = () if key_mask is None else (key_mask,)
+            k, v, visible = cache.append(k, merge_heads(v)[:, None], *known)
+            v = split_heads(v[:, 0], self.num_kv_heads)
+        if mask is not None and visible is not None:
+            check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
+        return q, k.expand(-1, self.num_kv_heads, -1, -1), v, join_masks(mask, visible)
+
+    def new_cache(
+        self,
+        batch_size: int,               # rows
+        max_len: int,                  # slots
+        *,
+        window: int | None = None,     # keys a query sees, its own included; None = all
+        keep_first: int = 0,           # first tokens that stay visible beside the window
+    ) -> KVCache:
+        "An empty cache of the widths, dtype and device of this layer."
+        width = self.key_dim + self.num_heads * (self.content_proj is not None)
+        return KVCache(batch_size, 1, max_len, width, value_dim=self.num_kv_heads * self.value_dim, window=window,
+                       keep_first=keep_first, device=self.mixing.device, dtype=self.mixing.dtype)
+
+    def extra_repr(self) -> str:
+        names = "num_heads", "num_kv_heads", "key_dim", "value_dim", "scale"
+        return ", ".join(f"{name}={getattr(self, name):.4g}" for name in names)
+
+
+# %% ../../nbs/20f_collaborative_heads.ipynb #collaborative-checks
+def _own_channels(num_heads: int, key_dim: int, like: Tensor) -> Float[Tensor, "h c"]:
+    "1 where a channel belongs to a head, else 0: as even as can be, in order."
+    heads = torch.arange(num_heads, device=like.device)[:, None]
+    channels = torch.arange(key_dim, device=like.device)
+    if key_dim < num_heads:    # a channel serves several heads
+        return (heads * key_dim // num_heads == channels).to(like.dtype)
+    return (channels * num_heads // key_dim == heads).to(like.dtype)
+
+
+@torch.no_grad()
+def _start(layer: CollaborativeHeads) -> None:
+    "Start the matrices; each keeps its start as its own reset_parameters. The output's comes first, as in the layer."
+    layer.mixing.copy_(_own_channels(layer.num_heads, layer.key_dim, layer.mixing))
+    rows = 2 * layer.key_dim + layer.v_proj.out_features
+    for proj in (layer.out_proj, layer.q_proj, layer.k_proj, layer.v_proj):
+        proj.reset_parameters = Start(proj, () if proj is layer.out_proj else ((proj.out_features, rows),))
+        proj.reset_parameters()
+    if layer.content_proj is not None:
+        layer.content_proj.reset_parameters()
+
+
+def _with_contents(q: Float[Tensor, "b h n c"], k: Float[Tensor, "b 1 m c"], contents: Float[Tensor, "b m h"]
+                   ) -> tuple[Float[Tensor, "b h n w"], Float[Tensor, "b 1 m w"]]:
+    "One more channel a head, behind the others: its content in the key, and 1 in the head's own queries."
+    own = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)[:, None].expand(*q.shape[:3], -1)
+    return torch.cat([q, own], -1), torch.cat([k, contents[:, None]], -1)
+
+
+def _checked_widths(embed_dim, num_heads, key_dim, num_kv_heads, value_dim, scale) -> tuple[int, int, int]:
+    "Width of the keys, heads of values and their width."
+    for name, count in (("key_dim", key_dim), ("num_kv_heads", num_kv_heads), ("value_dim", value_dim)):
+        if count is not None:
+            check_count(name, count)
+    if scale is not None:
+        check_number("scale", scale)
+    key_dim, g = key_dim or embed_dim, num_kv_heads or num_heads
+    if num_heads % g:
+        raise ValueError(f"num_heads {num_heads} cannot share the values of num_kv_heads {g}: the second number "
+                         f"must divide the first")
+    return key_dim, g, width_of_a_head(embed_dim, num_heads) if value_dim is None else value_dim
+
+
+def _check_tokens(layer: CollaborativeHeads, x: Tensor, context: Tensor | None, value: Tensor | None) -> None:
+    "Raise where the tokens of a call do not fit the projections, or each other."
+    check_projectable("x", x, "q_proj", layer.q_proj)
+    keys = x if context is None else context
+    if context is not None or layer.k_proj.in_features != layer.q_proj.in_features:
+        if context is None:
+            raise ValueError(f"keys need a context of width {layer.k_proj.in_features}: pass context=")
+        check_projectable("context", context, "k_proj", layer.k_proj)
+        if is_certain(x.size(0) != context.size(0)):
+            raise ValueError(f"batch differs: query {len(x)}, key {len(context)} (x, context)")
+    if value is not None:
+        check_projectable("value", value, "v_proj", layer.v_proj)
+        if any(is_certain(value.size(axis) != keys.size(axis)) for axis in (0, 1)):
+            raise ValueError(f"value has shape {tuple(value.shape)}; needed: one for each "
+                             f"key, (batch, length) = {tuple(keys.shape[:2])}")
+
+
+# %% ../../nbs/20f_collaborative_heads.ipynb #decompose
+def _best_channels(a: Float[Tensor, "h d e"], b: Float[Tensor, "h d c"], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    "The channels that heads would keep by themselves: the largest singular ones of all aᵀ b, each with its head."
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.mT), torch.linalg.qr(b.mT)
+    u, sizes, vh = torch.linalg.svd(ra @ rb.mT, full_matrices=False)
+    left, right = (qa @ u).mT.flatten(0, 1), (qb @ vh.mT).mT.flatten(0, 1)
+    best = sizes.flatten().argsort(descending=True, stable=True)[:count].sort().values
+    root = sizes.flatten()[best].sqrt()[:, None]
+    heads = torch.arange(len(a), device=a.device)[:, None]
+    return left[best] * root, (best // sizes.shape[1] == heads).to(a.dtype), right[best] * root
+
+
+def _solved(gram: Float[Tensor, "c c"], right: Float[Tensor, "c _"], old: Float[Tensor, "c _"]) -> Tensor:
+    "Least squares by its normal equations, with a hair's weight on staying where it was."
+    stay = gram.diagonal().mean() * 1e-9 + torch.finfo(gram.dtype).tiny
+    gram = gram + stay * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, right + stay * old)
+
+
+def _one_side(old: Tensor, a: Tensor, b: Tensor, mixing: Tensor, other: Tensor) -> Float[Tensor, "c e"]:
+    "The best shared matrix on the side of `a`, for this mixing and that of the other side."
+    along = torch.einsum("hdf,cf->hdc", b, other) * mixing[:, None]
+    right = along.flatten(0, 1).mT @ a.flatten(0, 1)
+    return _solved((mixing.mT @ mixing) * (other @ other.mT), right, old)
+
+
+def _alternate(a: Float[Tensor, "h d e"], b: Float[Tensor, "h d c"], shared: tuple[Tensor, Tensor, Tensor],
+               steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    "Alternating least squares for the h matrices aᵀ b, none of which is made."
+    q, mixing, k = shared
+    for _ in range(steps):
+        q = _one_side(q, a, b, mixing, k)
+        k = _one_side(k, b, a, mixing, q)
+        along = (torch.einsum("hde,ce->hdc", a, q) * torch.einsum("hdf,cf->hdc", b, k)).sum(1)
+        mixing = _solved((q @ q.mT) * (k @ k.mT), along.mT, mixing.mT).mT
+        sizes = [q.norm(dim=1), mixing.norm(dim=0), k.norm(dim=1)]    # shared out evenly
+        even = (sizes[0] * sizes[1] * sizes[2]) ** (1 / 3)
+        of_q, of_mixing, of_k = (even / size.clamp(min=1e-150) for size in sizes)
+        q, mixing, k = q * of_q[:, None], mixing * of_mixing, k * of_k[:, None]
+    return q, mixing, k
+
+
+# %% ../../nbs/20f_collaborative_heads.ipynb #collaborate
+@torch.no_grad()
 def collaborate(
     layer: MultiHeadAttention,      # left as it is
     key_dim: int,                   # width of the shared queries and keys
     *,
-    steps: int = 200,               # of alternating least squares
-    seed: int = 0,
+    tokens: Float[Tensor, "t e"] | None = None,   # what the layer reads, by which errors are weighed
+    # the same of its context, where it reads one of another width
+    context_tokens: Float[Tensor, "u c"] | None = None,
+    steps: int = 200,               # of alternating least squares; 0 = the channels that heads keep alone
+    start: str = "heads",           # from the heads' own best channels, or from "random" numbers
+    seed: int = 0,                  # of these
 ) -> CollaborativeHeads:            # about the same function; exact at h·d
-    "A layer's W_q and W_k as shared ones, by a tensor decomposition of all W_q[i] W_k[i]^T."
-    raise NotImplementedError
+    """A layer's W_q and W_k as shared ones, by a tensor decomposition of all W_q[i]ᵀ W_k[i].
+
+    At key_dim = h·d each channel is one head's, and nothing is lost. Below, the squared error of the matrices is
+    made small, step by step, from the largest singular channels of the heads; with `tokens`, that of the logits
+    on pairs of such tokens, up to what is equal for all keys. What the query's bias says of keys stays exact,
+    as one more number a head and key; the key's bias is equal for all keys, and goes.
+    Raises TypeError or ValueError for positions and norms, which act on single heads, for plugs that see more
+    than differences of logits, and for widths and tokens that do not fit.
+    Source: Cordonnier et al. 2020, arXiv 2006.16362, who start at random and have no `tokens`.
+    """
+    _check_sharable(layer, key_dim, tokens, context_tokens, steps, start, seed)
+    a, b, of_queries = _rows(layer, "q"), _rows(layer, "k"), _rows(layer, "q", "bias")
+    content = torch.einsum("hd,hdc->hc", of_queries, b)
+    if key_dim == a.shape[0] * a.shape[1]:
+        q, k, mixing = a.flatten(0, 1), b.flatten(0, 1), _own_channels(len(a), key_dim, a)
+        return _built(layer, q, mixing, k, content)
+    about, answers = _spread(tokens, a), _spread(tokens if context_tokens is None else context_tokens, b)
+    q, mixing, k = _shared(a @ about.root, b @ answers.root, key_dim, steps, start, seed)
+    q, k = q @ about.inverse, k @ answers.inverse
+    # the mean token's queries, exactly
+    content += torch.einsum("hd,hdc->hc", a @ about.mean, b) - (mixing * (q @ about.mean)) @ k
+    return _built(layer, q, mixing, k, content)
+
+
+# %% ../../nbs/20f_collaborative_heads.ipynb #collaborate-parts
+class _Spread(NamedTuple):
+    "How tokens lie: their mean, and a root of their covariance, with its inverse."
+
+    mean: Float[Tensor, "e"]
+    root: Float[Tensor, "e e"]
+    inverse: Float[Tensor, "e e"]
+
+
+def _spread(tokens: Tensor | None, like: Float[Tensor, "h d e"]) -> _Spread:
+    "Of these tokens; without any, of tokens that lie alike in all directions."
+    if tokens is None:
+        eye = torch.eye(like.shape[2], dtype=like.dtype, device=like.device)
+        return _Spread(like.new_zeros(like.shape[2]), eye, eye)
+    tokens = tokens.to(like.dtype)
+    apart = tokens - tokens.mean(0)
+    sizes, axes = torch.linalg.eigh(apart.mT @ apart / len(tokens))
+    # no direction counts for nothing; all count alike where tokens do not differ
+    roots = sizes.clamp(min=1e-4 * float(sizes.mean()) or 1.0).sqrt()
+    return _Spread(tokens.mean(0), axes * roots, (axes / roots).mT)
+
+
+def _shared(a: Tensor, b: Tensor, key_dim: int, steps: int, start: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    "The decomposition from its start."
+    if start == "heads":
+        return _alternate(a, b, _best_channels(a, b, key_dim), steps)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    q, mixing, k = (torch.randn(rows, width, generator=generator, dtype=a.dtype, device="cpu").to(a.device)
+                    for rows, width in ((key_dim, a.shape[2]), (len(a), key_dim), (key_dim, b.shape[2])))
+    return _alternate(a, b, (q, mixing, k), steps)
+
+
+def _rows(layer: MultiHeadAttention, part: str, kind: str = "weight") -> Tensor:
+    "A part's rows head by head, h d e, or their biases, h d; in float64."
+    found = []
+    h, g, d = layer.layout
+    for head in range(h):
+        proj, rows = layer.rows(part, head if part == "q" else head // (h // g))
+        own = getattr(proj, kind)
+        found.append(torch.zeros(d, device=proj.weight.device) if own is None else own[rows])
+    return torch.stack(found).double()
+
+
+def _built(layer: MultiHeadAttention, q: Tensor, mixing: Tensor, k: Tensor, content: Tensor) -> CollaborativeHeads:
+    "The new layer, with the old one's values, outputs and plugs."
+    (h, g, d), dv = layer.layout, layer.layout.value_dim
+    proj, out = layer.rows("v", 0)[0], layer.rows("o", 0)[0]
+    own = torch.cat([layer.rows("v", j)[0].weight[layer.rows("v", j)[1]] for j in range(g)])
+    bias = None if proj.bias is None else torch.cat([proj.bias[layer.rows("v", j)[1]] for j in range(g)])
+    has_bias = not (bias is None and out.bias is None) or bool(content.any())
+    new = CollaborativeHeads(
+        q.shape[1], h, len(q), num_kv_heads=g, value_dim=dv, out_dim=out.out_features, bias=has_bias, scale=d ** -0.5,
+        dropout=layer.dropout, attend=layer.attend, finish=copy.deepcopy(layer.finish),
+        context_dim=None if layer.context_proj is None else k.shape[1], device=own.device, dtype=own.dtype)
+    weights = {"q_proj.weight": q, "k_proj.weight": k, "mixing": mixing, "content_proj.weight": content,
+               "v_proj.weight": own, "v_proj.bias": bias, "out_proj.weight": out.weight, "out_proj.bias": out.bias}
+    for name, p in new.named_parameters():
+        if name in weights:
+            p.zero_() if weights[name] is None else p.copy_(weights[name])
+    return new.train(layer.training)
+
+
+def _check_sharable(layer, key_dim, tokens, context_tokens, steps, start, seed) -> None:
+    "Raise for what cannot be shared, before anything is computed."
+    check_layer(layer)
+    check_unhooked(layer)
+    if fault := own_ways(layer):
+        raise TypeError(f"the layer has {fault}, which its matrices do not tell: take it off first")
+    if layer.position is not None or layer.q_norm is not None:
+        what = "a position, which turns" if layer.position is not None else "qk_norm, which norms"
+        raise ValueError(f"the layer has {what} the queries and keys of each head by itself, between its matrices and "
+                         f"its logits: there is no one matrix W_q[i]ᵀ W_k[i] that could be shared")
+    _check_attend(layer.attend)
+    check_count("key_dim", key_dim)
+    width = layer.layout.num_heads * layer.layout.head_dim
+    if key_dim > width:
+        raise ValueError(f"key_dim {key_dim} is more than the {width} channels of all heads, at which it is exact")
+    if not is_whole(steps) or steps < 0:
+        raise ValueError(f"steps must be an int, 0 or more, got {steps!r}")
+    if not is_whole(seed):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if start not in ("heads", "random"):
+        raise ValueError(f"start must be 'heads' or 'random', got {start!r}")
+    _check_seen(layer, tokens, context_tokens)
+
+
+def _check_attend(attend: Attend) -> None:
+    "Raise for a plug to which logits may be more than their differences, or which has a scale of its own."
+    plain = isinstance(attend, partial) and attend.func is attention and not attend.args
+    if attend in (fused_attend, plain_attention, attention) or plain and attend.keywords.keys() <= {"window", "impl"}:
+        return
+    raise ValueError(f"attend is {getattr(attend, '__name__', type(attend).__name__)}, to which more may matter than "
+                     f"the differences of a query's logits, while the key's bias, equal for all keys, goes: "
+                     f"collaborate the layer with attend=fused_attend, and set the new one's attend")
+
+
+def _check_seen(layer: MultiHeadAttention, tokens: Tensor | None, context_tokens: Tensor | None) -> None:
+    "Raise for tokens that the layer could not read."
+    proj = layer.rows("q", 0)[0]
+    answers = layer.rows("k", 0)[0]
+    if proj.weight.is_meta:
+        raise ValueError("the layer is on meta, where there are no numbers to decompose")
+    if (tokens is None) != (context_tokens is None) if layer.context_proj is not None else context_tokens is not None:
+        raise ValueError("context_tokens are what a layer with context_dim reads there, beside its tokens: such a "
+                         "layer needs both or neither, and no other takes them")
+    for name, seen, own in (("tokens", tokens, proj), ("context_tokens", context_tokens, answers)):
+        if seen is not None:
+            check_floats(name, seen)
+            if seen.dim() != 2 or seen.shape[1] != own.in_features or len(seen) < 2:
+                raise ValueError(f"{name} has shape {tuple(seen.shape)}; needed: (tokens, {own.in_features}), "
+                                 f"two or more real ones, one a row: x[key_mask]")
+            if seen.device != own.weight.device:
+                raise ValueError(f"device differs: {name} {seen.device}, layer {own.weight.device}")
+

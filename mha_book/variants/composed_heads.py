@@ -6,21 +6,322 @@
 __all__ = ['ComposedHeads', 'MultiTokenAttention']
 
 # %% ../../nbs/20d_composed_heads.ipynb #imports
-from torch import nn
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Unpack
 
-from ..heads.layer import MultiHeadAttention
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..heads.layer import AttendOptions, Finish, MultiHeadAttention, Position, _begin
+from mha_book.heads.single_head import (
+    add_bias,
+    check_additions,
+    check_count,
+    check_device,
+    check_flag,
+    float32_at_least,
+    join_masks,
+    masked_softmax,
+    repeat_groups,
+    scaled_logits,
+    together,
+)
+from ..kernels.backends import AttentionCall, _check_window, checked_call
+from .talking_heads import mix_heads
+
 
 # %% ../../nbs/20d_composed_heads.ipynb #composed
 class ComposedHeads(MultiHeadAttention):
-    """Multi-head attention whose logits and weights are mixed across heads as the tokens say: by a fixed matrix, by one of
-    low rank that is made from the query's token (and the key's), and by a gate for each head.
+    """Multi-head attention whose logits, and then whose weights, are mixed across heads as the tokens say.
 
-    Source: Xiao et al. 2024, arXiv 2405.08553.
+    For query t and key s the h numbers A[:, t, s], one a head, become
+    M A[:, t, s] + Σ_r w_r(t) (u_r(t) · A[:, t, s]) + g(t) * A[:, t, s], and the same three for s:
+    M is a fixed h × h matrix, u_r and w_r are vectors that a small network makes of a token (u_r of size 1),
+    g = tanh of a linear map of it. The numbers of a token stand in further columns of its query and its key, so a
+    cache needs keys of width `key_dim`. With `from_keys=False` only queries' tokens speak, and any cache will do.
+    It begins as plain attention: M = 1, w = 0, g = 0, while u is random, so that w has a gradient.
+    `attend` is taken by the mixing: window and scale are arguments. No fused kernel holds the mix.
+    Raises TypeError or ValueError as the layer does, and for another `attend`.
+    Source: Xiao et al. 2024, arXiv 2405.08553, in the authors' code with rank 2 and a hidden width of 4h.
     """
 
+    def __init__(
+        self,
+        embed_dim: int,                    # width of a token, e
+        num_heads: int,                    # query heads, h
+        *,
+        rank: int = 2,                     # of the matrix that a token makes
+        hidden_dim: int | None = None,     # width of the network that makes it; 4h unless told
+        from_keys: bool = True,            # whether the key's token has a say, too
+        window: int | tuple[int | None, int | None] | None = None,  # as in `attention`
+        scale: float | None = None,        # 1/sqrt(d) unless told
+        # all others as in `MultiHeadAttention`
+        num_kv_heads: int | None = None, head_dim: int | None = None, value_dim: int | None = None,
+        out_dim: int | None = None, bias: bool = True, dropout: float = 0.0,
+        qk_norm: Callable[[int], nn.Module] | None = None, position: Position | None = None,
+        attend: None = None,               # taken by the mixing
+        finish: Finish | None = None, context_dim: int | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
+        _check_composed(rank, hidden_dim, from_keys, window, attend)
+        super().__init__(
+            embed_dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim, out_dim=out_dim,
+            bias=bias, dropout=dropout, qk_norm=qk_norm, position=position, finish=finish, context_dim=context_dim,
+            device=device, dtype=dtype)
+        sizes = num_heads, rank, 4 * num_heads if hidden_dim is None else hidden_dim
+        options = dict(device=device, dtype=dtype)
+        self.attend = _Composition(self.layout.head_dim, num_heads, rank, window, scale, **options)
+        self.of_queries = _TokenMix(embed_dim, *sizes, **options)
+        self.of_keys = _TokenMix(context_dim or embed_dim, *sizes, **options) if from_keys else None
 
+    def reset_parameters(self) -> None:
+        "As the plain layer, and mixing that does nothing yet."
+        super().reset_parameters()
+        for part in self.children():
+            if isinstance(part, (_TokenMix, _Composition)):
+                part.reset_parameters()
+
+    @property
+    def key_dim(self) -> int:
+        "Width of a key in a cache, with what its token says: `KVCache(b, g, max_len, key_dim, value_dim=dv)`."
+        h, g, d = self.layout
+        return d + (0 if self.of_keys is None else 2 * (2 * self.attend.rank + 1) * (h // g))
+
+    def _see(self, x, context, value, mask, key_mask, cache):
+        "As the layer's own, with what the tokens say of mixing in further columns of queries and keys."
+        offset = 0
+        if cache is not None:
+            context, value, offset = _begin(self, x, context, value, key_mask, cache)
+        q, k, v = self.qkv(x, context, value=value, offset=offset)
+        q = torch.cat([q, self.of_queries(x).to(q.dtype)], -1)
+        if self.of_keys is not None:
+            # of all heads that share a key, side by side
+            own = self.of_keys(x if context is None else context).unflatten(1, (k.shape[1], -1))
+            k = torch.cat([k, own.transpose(2, 3).flatten(3).to(k.dtype)], -1)
+        visible = None if key_mask is None else key_mask[:, None, None]
+        if cache is not None:
+            k, v, visible = cache.append(k, v, *() if key_mask is None else (key_mask,))
+        if mask is not None and visible is not None:
+            check_additions(mask, None, (*q.shape[:3], k.shape[2]), q.device)
+        return q, k, v, join_masks(mask, visible)
+
+
+# %% ../../nbs/20d_composed_heads.ipynb #composition
+class _TokenMix(nn.Module):
+    "What a token says of mixing: for logits, and for weights, r vectors to read by, r to write by, and h gates."
+
+    def __init__(self, width: int, num_heads: int, rank: int, hidden_dim: int,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        options = dict(device=device, dtype=dtype)
+        self.num_heads, self.rank = num_heads, rank
+        self.hidden = nn.Linear(width, 2 * hidden_dim, bias=False, **options)
+        self.factors = nn.Parameter(torch.empty(2, hidden_dim, 2 * rank * num_heads, **options))
+        self.gates = nn.Parameter(torch.empty(2 * num_heads, width, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "Nothing is written yet; what is read is random, so that writing has a gradient."
+        self.hidden.reset_parameters()
+        nn.init.normal_(self.factors, std=self.factors.shape[1] ** -0.5)
+        with torch.no_grad():
+            self.factors[..., self.rank * self.num_heads:].zero_()
+        nn.init.zeros_(self.gates)
+
+    def forward(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t c"]:
+        "For each head c = 2 (2r + 1) numbers: of logits, then of weights; read, write, gate."
+        hidden = F.gelu(self.hidden(x)).unflatten(-1, (2, -1))    # b t 2 k
+        factors = torch.einsum("btck,ckf->btcf", hidden, self.factors.to(hidden.dtype))
+        read, write = factors.unflatten(-1, (2, self.rank, self.num_heads)).unbind(-3)
+        read = F.rms_norm(read, read.shape[-1:], eps=1e-6)
+        gates = torch.tanh(F.linear(x, self.gates)).unflatten(-1, (2, 1, -1))
+        return torch.cat([read, write, gates.to(write.dtype)], -2).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+class _Composition(nn.Module):
+    "The plug that does the mixing: queries and keys carry what their tokens say in columns behind the first d."
+
+    def __init__(self, head_dim: int, num_heads: int, rank: int, window: int | tuple | None, scale: float | None,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.head_dim, self.rank, self.window, self.scale = head_dim, rank, window, scale
+        self.logit_mixing, self.weight_mixing = (
+            nn.Parameter(torch.empty(num_heads, num_heads, device=device, dtype=dtype)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "Every head listens to itself only."
+        for mixing in (self.logit_mixing, self.weight_mixing):
+            _start_as_identity(mixing)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Unpack[AttendOptions]) -> Tensor:
+        "Mix the logits, hide, softmax, mix the weights, and the mean of the values."
+        (q, *of_q), (k, *of_k) = (self._parts(t, q.shape[1]) for t in (q, k))
+        call = checked_call(q, k, v, window=self.window, scale=self.scale, **options)
+        logits = scaled_logits(q, k, self.scale)
+        logits = self._compose(logits.to(float32_at_least(logits.dtype)), self.logit_mixing, of_q[:3], of_k[:3])
+        weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
+        weights = self._compose(weights, self.weight_mixing, of_q[3:], of_k[3:]).type_as(v)
+        weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
+        return weights @ repeat_groups(v, q.shape[1])
+
+    def _parts(self, t: Tensor, num_heads: int) -> list[Tensor]:
+        "Queries or keys, and behind them for each head read, write, gate of the logits, and of the weights."
+        t, own = t.split_with_sizes((self.head_dim, t.shape[-1] - self.head_dim), -1)
+        if not own.shape[-1]:
+            return [t]
+        own = own.unflatten(-1, (num_heads // t.shape[1], -1)).transpose(2, 3).flatten(1, 2)
+        return [t, *own.split_with_sizes(2 * (self.rank, self.rank, 1), -1)]
+
+    def _compose(self, each: Tensor, fixed: Tensor, *tokens: list[Tensor]) -> Tensor:
+        "New heads, as mixtures of `each`, b h n m: by the fixed matrix, and by what queries' and keys' tokens say."
+        mixed = mix_heads(each, fixed)
+        for at, said in zip("nm", tokens):
+            if said:
+                read, write, gate = (t.to(each.dtype) for t in said)    # b h n r, or b h m r
+                with _not_narrowed(each):
+                    heard = torch.einsum(f"bhnm,bh{at}r->brnm", each, read)
+                    mixed = mixed + torch.einsum(f"brnm,bh{at}r->bhnm", heard, write)
+                mixed = mixed + each * (gate if at == "n" else gate.mT)
+        return mixed
+
+
+def _not_narrowed(t: Tensor) -> AbstractContextManager:
+    "A block in which autocast leaves dtypes as they are."
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+@torch.no_grad()
+def _start_as_identity(mixing: Float[Tensor, "*groups h h"]) -> None:
+    "In place, on whatever device it is: torch's eye_ asks the default device."
+    nn.init.zeros_(mixing).diagonal(dim1=-2, dim2=-1).fill_(1.0)
+
+
+def _check_composed(rank: int, hidden_dim: int | None, from_keys: bool, window: object, attend: object) -> None:
+    "The arguments that the plain layer has not, before anything is built."
+    check_count("rank", rank)
+    if hidden_dim is not None:
+        check_count("hidden_dim", hidden_dim)
+    check_flag("from_keys", from_keys)
+    if window is not None:
+        _check_window(window)
+    if attend is not None:
+        raise ValueError(f"attend is {attend!r:.80}, and the mixing of ComposedHeads stands in that socket: window= "
+                         f"and scale= are arguments of the layer; for another plug take MultiHeadAttention")
+
+
+# %% ../../nbs/20d_composed_heads.ipynb #multi-token
 class MultiTokenAttention(nn.Module):
-    """A plug for `attend`: logits are convolved over neighbouring queries and keys, and mixed within groups of heads; it begins as plain attention.
+    """A plug for `attend`: the logits of each head are convolved over the last `queries` queries and `keys` keys
+    around, and the weights are mixed within groups of heads. It begins as plain attention.
 
-    Source: Golovneva et al. 2025, arXiv 2504.00927.
+    logits'[i, j] = Σ_a Σ_c kernel[a, c] logits[i - a, j + c], 0 ≤ a < queries, |c| ≤ keys // 2, and a logit counts
+    only where both its own query and query i may look at its key: others are 0 there, and after the convolution
+    what is hidden is -inf. So nothing of a key reaches a query that may not look at it, for every mask.
+    Queries of padding are not known to a plug: hide all keys from them by `mask` where they stand before real
+    tokens and attention is not causal. With `queries` > 1 the queries of earlier calls are needed and gone: a causal
+    call with fewer queries than keys is refused, and one token at a time without `is_causal` goes unnoticed;
+    `queries=1` needs none.
+    Raises TypeError or ValueError for counts that do not fit together, and as `attention` does.
+    Source: Golovneva et al. 2025, arXiv 2504.00927, without its norm and gate of the heads.
     """
+
+    def __init__(
+        self,
+        num_heads: int,                # query heads, h
+        *,
+        queries: int = 6,              # how many queries a kernel covers: its own, and those before
+        keys: int = 11,                # how many keys, half of them on either side; an odd number
+        group: int | None = None,      # heads that mix their weights; all unless told, 1 = none
+        window: int | tuple[int | None, int | None] | None = None,  # as in `attention`
+        scale: float | None = None,    # 1/sqrt(d) unless told
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        group = num_heads if group is None else group
+        _check_kernel(num_heads, queries, keys, group, window)
+        check_device(device)
+        self.window, self.scale = window, scale
+        self.kernel = nn.Parameter(torch.empty(num_heads, queries, keys, device=device, dtype=dtype))
+        self.weight_mixing = nn.Parameter(torch.empty(num_heads // group, group, group, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "Every logit counts for itself only, and every head listens to itself only."
+        nn.init.zeros_(self.kernel)
+        with torch.no_grad():
+            self.kernel[:, 0, self.kernel.shape[2] // 2] = 1.0
+        _start_as_identity(self.weight_mixing)
+
+    def forward(
+        self,
+        q: Float[Tensor, "b h n d"],               # queries
+        k: Float[Tensor, "b g m d"],               # keys
+        v: Float[Tensor, "b g m dv"],              # values
+        **options: Unpack[AttendOptions],          # as `attention`
+    ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
+        """Zeros where it is hidden, convolve, hide, softmax, mix, and the mean of the values."""
+        call = checked_call(q, k, v, window=self.window, scale=self.scale, **options)
+        self._check_call(call, options.get("is_causal", False))
+        logits = scaled_logits(q, k, self.scale)
+        with _not_narrowed(q):
+            logits = self._convolve(logits.to(float32_at_least(logits.dtype)), call)
+            weights = masked_softmax(add_bias(logits, call.bias), call.all_masks)
+            mixing = self.weight_mixing.to(weights.dtype)
+            groups = torch.einsum("gij,bgjnm->bginm", mixing, weights.unflatten(1, mixing.shape[:2]))
+        weights = groups.flatten(1, 2).type_as(v)
+        weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
+        return weights @ repeat_groups(v, q.shape[1])
+
+    def _convolve(self, logits: Float[Tensor, "b h n m"], call: AttentionCall) -> Float[Tensor, "b h n m"]:
+        "The sum over the kernel; rows above the first and keys beyond the ends are 0."
+        mask, (h, rows, keys) = call.all_masks, self.kernel.shape
+        if not (logits.shape[2] and logits.shape[3]):
+            return logits
+        kernel = self.kernel.to(logits.dtype).flip(1)[:, None]    # of this query last, as it stands
+        if mask is not None:
+            logits = logits.masked_fill(~mask, 0.0)
+        padded, n = F.pad(logits, (keys // 2, keys // 2, rows - 1, 0)), logits.shape[2]
+        if rows == 1 or _is_nested(call):
+            return F.conv2d(padded, kernel, groups=h)
+        # what another query sees, and this one does not, must not come in
+        seen = F.pad(mask.expand(*mask.shape[:-1], logits.shape[3]), (keys // 2, keys // 2))
+        return sum(F.conv2d(padded[:, :, a:a + n].masked_fill(~seen, 0.0), kernel[:, :, a:a + 1], groups=h)
+                   for a in range(rows))
+
+    def _check_call(self, call: AttentionCall, is_causal: bool) -> None:
+        "Raise for another number of heads or device, and where the queries before these would be needed."
+        (_, h, n, _), m, (heads, rows, _) = call.q.shape, call.k.shape[2], self.kernel.shape
+        if h != heads:
+            raise ValueError(f"{h} query heads and {heads} kernels: num_heads= counts query heads")
+        if call.q.device != self.kernel.device:
+            raise ValueError(f"device differs: query {call.q.device}, kernel {self.kernel.device}; "
+                             f"{together(call.q.device, self.kernel.device)}")
+        if is_causal and rows > 1 and n != m:
+            raise ValueError(f"{n} queries at the end of {m} keys: a kernel over {rows} queries needs the logits of "
+                             f"the queries before these, which no cache of keys and values has. Call with all "
+                             f"tokens, or take queries=1, which needs none")
+
+
+def _is_nested(call: AttentionCall) -> bool:
+    "Whether a query surely sees all that queries before it see."
+    mask = call.mask
+    return call.sides[0] is None and (mask is None or mask.dim() < 2 or mask.shape[-2] == 1)
+
+
+def _check_kernel(num_heads: int, queries: int, keys: int, group: int, window: object) -> None:
+    "The constructor's arguments, before anything is built."
+    for name, count in (("num_heads", num_heads), ("queries", queries), ("keys", keys), ("group", group)):
+        check_count(name, count)
+    if keys % 2 == 0:
+        raise ValueError(f"keys {keys} is even; a kernel has as many keys on either side of its own, so keys="
+                         f"{keys - 1} or {keys + 1}")
+    if num_heads % group:
+        raise ValueError(f"num_heads {num_heads} cannot be cut into groups of {group}: group must divide it")
+    if window is not None:
+        _check_window(window)
+

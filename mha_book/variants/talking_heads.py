@@ -6,44 +6,92 @@
 __all__ = ['mix_heads', 'TalkingHeads', 'talk_through_kernel']
 
 # %% ../../nbs/20a_talking_heads.ipynb #imports
+from contextlib import nullcontext
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..heads.layer import Attend, AttendOptions
-from ..kernels.backends import attention
+from mha_book.heads.single_head import (
+    add_bias,
+    check_callable,
+    check_count,
+    check_device,
+    check_flag,
+    check_floats,
+    check_inputs,
+    check_number,
+    float32_at_least,
+    masked_softmax,
+    repeat_groups,
+    scaled_logits,
+    together,
+)
+from ..kernels.backends import AttentionCall, _check_window, attention, capped, checked_call
+
 
 # %% ../../nbs/20a_talking_heads.ipynb #mix
 def mix_heads(
     each: Float[Tensor, "b j n m"],      # one matrix for each head
     mixing: Float[Tensor, "i j"],        # how much of head j goes into the new head i
-) -> Float[Tensor, "b i n m"]:           # mixtures
-    "New head i is the sum over j of mixing[i, j] times head j."
-    return torch.einsum("ij,bjnm->binm", mixing.to(each.dtype), each)
+) -> Float[Tensor, "b i n m"]:           # mixtures, in the dtype of `each`
+    """New head i is the sum over j of mixing[i, j] times head j; autocast narrows neither.
+
+    Raises TypeError or ValueError for what is no matrix of one column for each head.
+    """
+    check_floats("each", each)
+    check_floats("mixing", mixing)
+    if each.dim() != 4 or mixing.dim() != 2 or each.shape[1] != mixing.shape[1]:
+        raise ValueError(f"mixing of shape {tuple(mixing.shape)} for each of shape {tuple(each.shape)}; "
+                         f"needed: b j n m, and a column of mixing for each of its j heads")
+    kind = each.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return torch.einsum("ij,bjnm->binm", mixing.to(each.dtype), each)
+
 
 # %% ../../nbs/20a_talking_heads.ipynb #talking
 class TalkingHeads(nn.Module):
     """A plug for `attend`: the logits of each head become a mixture of those of all heads, and so
     do the weights: weights = weight_mixing · softmax(logit_mixing · logits). It begins as plain attention.
 
+    Softcap, bias and masks come between the mixture of the logits and the softmax; dropout between
+    softmax and the mixture of the weights. It holds the whole b h n m matrix; with `attend=` a kernel
+    computes the same, by `talk_through_kernel`, and what that kernel takes is bound there:
+    `attend=partial(attention, window=256)`.
+    Raises TypeError or ValueError for arguments that do not fit.
     Source: Shazeer et al. 2020, arXiv 2003.02436.
     """
 
     def __init__(
         self,
-        num_heads: int,                # query heads, h
+        num_heads: int,                  # query heads, h
         *,
-        logits: bool = True,           # whether logits are mixed
-        weights: bool = True,          # whether weights are mixed
+        logits: bool = True,             # whether logits are mixed
+        weights: bool = True,            # whether weights are mixed
+        window: int | tuple[int | None, int | None] | None = None,    # as in `attention`
+        scale: float | None = None,      # 1/sqrt(d) unless told
+        softcap: float | None = None,    # bounds the mixed logits, before bias and mask
+        attend: Attend | None = None,    # a kernel for wide heads; None = by the definition
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        raise NotImplementedError
+        check_count("num_heads", num_heads)
+        check_device(device)
+        _check_options(logits, weights, window, scale, softcap, attend)
+        self.window, self.scale, self.softcap, self.attend = window, scale, softcap, attend
+        for name, mixes in ("logit_mixing", logits), ("weight_mixing", weights):
+            self.register_parameter(name, nn.Parameter(torch.empty(
+                num_heads, num_heads, device=device, dtype=dtype)) if mixes else None)
+        self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         "Every head listens to itself only."
+        for mixing in self.parameters(recurse=False):
+            mixing.zero_().fill_diagonal_(1.0)
 
     def forward(
         self,
@@ -52,10 +100,37 @@ class TalkingHeads(nn.Module):
         v: Float[Tensor, "b g m dv"],              # values
         **options: Unpack[AttendOptions],          # as `attention`
     ) -> Float[Tensor, "b h n dv"]:                # one mixture of values a query
-        "Mix, hide, softmax, mix, and the mean of the values."
-        raise NotImplementedError
+        """Mix, hide, softmax, mix, and the sum of the values, weighted so. Raises as `attention`
+        does, and ValueError for another number of heads.
+        """
+        mixings = self.logit_mixing, self.weight_mixing
+        if self.attend is not None:
+            return talk_through_kernel(q, k, v, *mixings, scale=self.scale, attend=self.attend, **options)
+        call = checked_call(q, k, v, window=self.window, scale=self.scale, softcap=self.softcap, **options)
+        _check_mixings(*mixings, q)
+        return _talk(call, *mixings)
+
+    def extra_repr(self) -> str:
+        told = ((name, getattr(self, name)) for name in ("window", "scale", "softcap"))
+        mixed = (f"{name}s={getattr(self, f'{name}_mixing') is not None}" for name in ("logit", "weight"))
+        return ", ".join([*mixed, *(f"{name}={value}" for name, value in told if value is not None)])
 
 
+def _talk(call: AttentionCall, logit_mixing: Tensor | None, weight_mixing: Tensor | None) -> Tensor:
+    "Talking heads by the definition, logits and weights in float32 at least."
+    logits = scaled_logits(call.q, call.k, call.scale)
+    logits = logits.to(float32_at_least(logits.dtype))
+    if logit_mixing is not None:
+        logits = mix_heads(logits, logit_mixing)
+    logits = add_bias(capped(logits, call.softcap), call.bias)
+    weights = masked_softmax(logits, call.all_masks)    # what is hidden is hidden from mixed logits
+    weights = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
+    if weight_mixing is not None:
+        weights = mix_heads(weights, weight_mixing)
+    return weights.type_as(call.q) @ repeat_groups(call.v, call.q.shape[1])
+
+
+# %% ../../nbs/20a_talking_heads.ipynb #kernel
 def talk_through_kernel(
     q: Float[Tensor, "b h n d"],               # queries
     k: Float[Tensor, "b g m d"],               # keys
@@ -63,10 +138,91 @@ def talk_through_kernel(
     logit_mixing: Float[Tensor, "h h"] | None,    # None = logits as they are
     weight_mixing: Float[Tensor, "h h"] | None,   # None = weights as they are
     *,
+    scale: float | None = None,                # 1/sqrt(d) unless told
     attend: Attend = attention,                # any kernel that takes wide heads
     **options: Unpack[AttendOptions],          # handed on
 ) -> Float[Tensor, "b h n dv"]:                # what `TalkingHeads` gives
-    """Talking heads through a kernel that knows nothing of them: each query head is h·d wide, all share
-    one key of width h·d and one value of width h·dv, and the outputs are mixed block by block.
+    """Talking heads through a kernel that knows nothing of them: each query head is g·d wide, all share
+    one key of width g·d and one value of width g·dv, and the outputs are mixed block by block.
+
+    g is the number of key-value heads: h, where none are shared. The queries are scaled for a kernel
+    that divides by the root of their width, as all do unless told otherwise; so a scale goes to
+    `scale`, not to the kernel. Where one mixture is None, widths of keys and values differ, which
+    torch's fused kernel for CPUs does not take: there give the identity, torch.eye(h).
+    Raises TypeError or ValueError for inputs that do not fit, and as `attend` does.
     """
-    raise NotImplementedError
+    check_inputs(q, k, v, scale=scale)
+    _check_mixings(logit_mixing, weight_mixing, q)
+    _check_kernel(attend)
+    g = k.shape[1]
+    if scale is not None:    # the kernel divides by the root of the width, which is that of g heads
+        q = q * (scale * float(q.shape[3]) ** 0.5)
+    if logit_mixing is not None:
+        q, k = _wide_queries(q, logit_mixing * float(g) ** 0.5, g), _side_by_side(k)
+    if weight_mixing is not None:
+        v = _side_by_side(v)
+    # a kernel takes as many keys as values: what is one for all is given to each group
+    k, v = (t.expand(-1, max(k.shape[1], v.shape[1]), -1, -1) for t in (k, v))
+    out = attend(q, k, v, **options)
+    return out if weight_mixing is None else _mixed_outputs(out, weight_mixing, g)
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    "One head, b 1 m gd, that holds all of them."
+    return heads.transpose(1, 2).flatten(2)[:, None]
+
+
+def _wide_queries(q: Tensor, mixing: Tensor, num_groups: int) -> Tensor:
+    "b h n gd: for the key of each group, the queries that ask it, mixed."
+    mixing, q = mixing.unflatten(1, (num_groups, -1)), q.unflatten(1, (num_groups, -1))
+    return torch.einsum("igr,bgrnd->bingd", mixing.to(q.dtype), q).flatten(3)
+
+
+def _mixed_outputs(out: Tensor, mixing: Tensor, num_groups: int) -> Tensor:
+    "b h n dv, of b h n gdv: each new head mixes what all heads read in the value of its own group."
+    mixing, out = mixing.unflatten(0, (num_groups, -1)), out.unflatten(3, (num_groups, -1))
+    return torch.einsum("grj,bjngd->bgrnd", mixing.to(out.dtype), out).flatten(1, 2)
+
+
+# %% ../../nbs/20a_talking_heads.ipynb #checks
+def _check_options(logits: bool, weights: bool, window: object, scale: float | None,
+                   softcap: float | None, attend: Attend | None) -> None:
+    "Raise for what is no option of `TalkingHeads`."
+    check_flag("logits", logits)
+    check_flag("weights", weights)
+    if not (logits or weights):
+        raise ValueError("logits=False and weights=False mix nothing: that is attend=attention")
+    if scale is not None:
+        check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0.0)
+    if window is not None:
+        _check_window(window)
+    if attend is not None:
+        _check_kernel(attend)
+        if window is not None or softcap is not None:
+            raise ValueError(f"window={window!r} and softcap={softcap!r} beside attend=: a kernel has its own, "
+                             f"attend=partial(attention, window=..., softcap=...)")
+
+
+def _check_kernel(attend: Attend) -> None:
+    "Raise for what cannot be called, and for a scale that would be that of wide queries."
+    check_callable("attend", attend)
+    if (scale := getattr(attend, "keywords", {}).get("scale")) is not None:
+        raise ValueError(f"scale={scale!r} is bound in attend, where heads are wider: give it as scale= beside attend=")
+
+
+def _check_mixings(logit_mixing: Tensor | None, weight_mixing: Tensor | None, q: Tensor) -> None:
+    "Raise unless each is None or a matrix of h rows and columns, where the queries are."
+    h = q.shape[1]
+    for name, mixing in (("logit_mixing", logit_mixing), ("weight_mixing", weight_mixing)):
+        if mixing is None:
+            continue
+        check_floats(name, mixing)
+        if mixing.shape != (h, h):
+            raise ValueError(f"{name} of shape {tuple(mixing.shape)} for {h} query heads; needed: ({h}, {h}), "
+                             f"and TalkingHeads counts query heads, num_heads={h}")
+        if mixing.device != q.device:
+            raise ValueError(f"device differs: query {q.device}, {name} {mixing.device}; "
+                             f"{together(q.device, mixing.device)}")
+

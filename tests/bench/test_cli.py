@@ -13,7 +13,7 @@ import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from mha_book.bench import cli, contests, measured, suites
+from mha_book.bench import by_steps, cli, contests, keeping, measured, suites
 from mha_book.bench import memory as what_fits
 from mha_book.bench.cli import main
 from mha_book.bench.measured import Row, Table, measurements, read_measurement, side_by_side, write_measurement
@@ -252,9 +252,9 @@ def test_all_is_measured_on_the_threads_that_it_was_compiled_for(monkeypatch, qu
 def test_the_command_in_the_file_makes_the_same_plan():
     line = "bench ways layers --device cpu --dtype float64 --rounds 20 --seed 3 --sizes 1,8,48,6 2,8,48,6 --json "
     args = cli._parser().parse_args([*line.split(), "x/m.json"])
-    assert cli._command(args) == f"mha-book {line}m.json"
+    assert keeping._command(args) == f"mha-book {line}m.json"
     quick_look = cli._parser().parse_args(["bench", "--quick", "--json", "m.json"])
-    assert cli._command(quick_look) == "mha-book bench --rounds 15 --seed 0 --quick --json m.json"
+    assert keeping._command(quick_look) == "mha-book bench --rounds 15 --seed 0 --quick --json m.json"
 
 
 def test_a_table_on_screen():
@@ -344,7 +344,7 @@ def test_without_a_mask_small_layers_only(size, there):
 
 
 def test_a_gpu_takes_the_large_size_once(monkeypatch):
-    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(by_steps, "pick_device", lambda name: torch.device(name))
     monkeypatch.setattr(what_fits, "free_bytes", lambda device: None)
     monkeypatch.setattr(cli, "no_compiler", lambda device: "")
     for device, suites_with_it in (("cpu", ["layers"]), ("cuda", list(SUITES))):

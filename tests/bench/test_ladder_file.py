@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mha_book.bench import cli, ladder_times, subjects
+from mha_book.bench import by_steps, ladder_times, subjects
 from mha_book.bench.cli import main
 from mha_book.bench.ladder import Ladder, as_ladder, read_ladder, run_ladder, show_ladder
 from mha_book.bench.ladder_plan import encoder_rungs, language_rungs, late_rungs
@@ -473,21 +473,21 @@ def command(monkeypatch, tmp_path):
     "The command on the small models."
     monkeypatch.setattr(subjects, "package_file", lambda *file: None)
     for name, made in (("encoder", small_encoder), ("language", small_language)):
-        monkeypatch.setitem(cli.LADDERS, name, lambda sizes, seed, device, made=made: made())
+        monkeypatch.setitem(by_steps.LADDERS, name, lambda sizes, seed, device, made=made: made())
     sizes = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SIZES.items())
     return f"ladder {sizes} --json {tmp_path}/ladder-mine.json".split(), tmp_path
 
 
 def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, monkeypatch):
     line, folder = command
-    progress = cli._progress
-    monkeypatch.setattr(cli, "_progress", lambda: raises_at(6))
+    progress = by_steps._progress
+    monkeypatch.setattr(by_steps, "_progress", lambda: raises_at(6))
     assert main(line) == 130
     assert "stopped by Ctrl-C; what was measured is in" in capsys.readouterr().err
     half = read_ladder(folder / "ladder-mine.json")
     assert not half.complete and len(half.rungs) == 2 and "--gate-steps 3" in half.command
     assert all(half.command.count(f"--{name.replace('_', '-')} ") == 1 for name in (*SIZES, "seed", "device"))
-    monkeypatch.setattr(cli, "_progress", progress)
+    monkeypatch.setattr(by_steps, "_progress", progress)
     assert main(line) == 0
     whole = read_ladder(folder / "ladder-mine.json")
     assert whole.complete and whole.rungs[:2] == half.rungs and "mixture of heads" in capsys.readouterr().out
@@ -498,7 +498,7 @@ def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, mo
 
 def test_nothing_measured_is_nothing_written(command, capsys, monkeypatch):
     line, folder = command
-    monkeypatch.setattr(cli, "_progress", lambda: raises_at(0))
+    monkeypatch.setattr(by_steps, "_progress", lambda: raises_at(0))
     assert main(line) == 130 and "nothing is written" in capsys.readouterr().err
     assert [*folder.iterdir()] == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mha_book.bench import cli, precision, subjects
+from mha_book.bench import by_steps, precision, subjects
 from mha_book.bench.cli import main
 from mha_book.bench.measured import write_file
 from mha_book.bench.precision import BEST, RULES, as_precision, planned, read_precision, run_precision, show_precision
@@ -260,13 +260,13 @@ def command(monkeypatch, tmp_path):
     made = dict(zip(("encoder", "language"), small_subjects()))
     monkeypatch.setattr(subjects, "package_file", lambda *file: None)
     for name, subject in made.items():
-        monkeypatch.setitem(cli.SUBJECTS, name, lambda sizes, device, subject=subject: subject)
+        monkeypatch.setitem(by_steps.SUBJECTS, name, lambda sizes, device, subject=subject: subject)
     return f"precision --texts 3 --sequences 3 --json {tmp_path}/precision-mine.json".split(), tmp_path
 
 
 def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, monkeypatch):
     line, folder = command
-    monkeypatch.setattr(cli, "_progress", lambda: raises_at(4))
+    monkeypatch.setattr(by_steps, "_progress", lambda: raises_at(4))
     assert main(line) == 130
     assert "stopped by Ctrl-C; what was measured is in" in capsys.readouterr().err
     half = read_precision(folder / "precision-mine.json")
@@ -274,7 +274,7 @@ def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, mo
     monkeypatch.undo()
     line, folder = command
     for name, subject in zip(("encoder", "language"), small_subjects()):
-        monkeypatch.setitem(cli.SUBJECTS, name, lambda sizes, device, subject=subject: subject)
+        monkeypatch.setitem(by_steps.SUBJECTS, name, lambda sizes, device, subject=subject: subject)
     monkeypatch.setattr(subjects, "package_file", lambda *file: None)
     assert main(line) == 0
     whole = read_precision(folder / "precision-mine.json")
@@ -287,7 +287,7 @@ def test_the_command_keeps_what_it_has_at_ctrl_c_and_goes_on(command, capsys, mo
 
 def test_nothing_measured_is_nothing_written(command, capsys, monkeypatch):
     line, folder = command
-    monkeypatch.setattr(cli, "_progress", lambda: raises_at(0))
+    monkeypatch.setattr(by_steps, "_progress", lambda: raises_at(0))
     assert main(line) == 130 and "nothing is written" in capsys.readouterr().err
     assert [*folder.iterdir()] == []
 

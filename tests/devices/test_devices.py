@@ -458,7 +458,34 @@ enter(
     },
 )
 enter("LearnedPositions, sinusoidal_positions", placed, {"one place": False, "a place a row": True})
+
+
+def through_kernel(q, k, v, **options):
+    mixing = torch.randn(s.h, s.h, device=q.device)
+    out = mha_book.talk_through_kernel(q, k, v, mixing, mixing, **options)
+    return mha_book.mix_heads(out, mixing)
+
+
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+enter("MultiTokenAttention", held, dict(multi_token=mha_book.MultiTokenAttention))
+
+
+def composed(device):
+    options = dict(num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    layer, x = mha_book.ComposedHeads(s.e, s.h, **options), tokens(device)
+    y = layer(x, is_causal=True, key_mask=bits(s.b, s.n, device=device))
+    return layer, y, layer.attention_map(x), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
+enter("mix_heads, talk_through_kernel", partial(mixed, attend=through_kernel), SHARED | DROPOUT)
+enter(
+    "TalkingHeads",
+    held,
+    {
+        "by the definition": lambda h, **like: mha_book.TalkingHeads(h, window=3, softcap=2.0, **like),
+        "by a kernel": lambda h, **like: mha_book.TalkingHeads(h, weights=False, attend=mha_book.attention, **like),
+    },
+)
 
 
 def gated(device):
@@ -478,6 +505,26 @@ def interleaved(device, options):
 
 
 enter("InterleavedHeads", interleaved, SHARED | DROPOUT)
+
+
+def collaborating(device, options):
+    layer = mha_book.CollaborativeHeads(s.e, s.h, 12, value_dim=s.dv, device=device, dtype=torch.float64)
+    x = tokens(device)
+    y = layer(x, **options)
+    cache = layer.new_cache(s.b, s.n)
+    with torch.no_grad():
+        rows = [layer(part, is_causal=True, cache=cache) for part in x.split(2, 1)]
+    return layer, y, torch.autograd.grad(y.sum(), [*layer.parameters()]), layer.attention_map(x), rows, cache.k
+
+
+enter("CollaborativeHeads", collaborating, {"plain": {}, "causal": dict(is_causal=True)})
+
+
+def made_to_collaborate(device):
+    layer, seen = layer_of(device), tokens(device).flatten(0, 1)
+    ways = dict(tokens=seen, steps=2), dict(steps=2, start="random")
+    new = [mha_book.collaborate(layer, 9, **way) for way in ways]
+    return *(list(one.parameters()) for one in new), new[0](tokens(device))
 
 
 def routed(device):
@@ -555,6 +602,17 @@ def behind_gates(device, options):
     return layer, gates.draw(s.b), y, grads, pruned.eval()(x, context)
 
 
+def with_mixed_rows(device, options):
+    "Heads that knock and are mixed, folded; and mixed outputs."
+    layer = mha_book.mix_kv_heads_(mha_book.knock_heads_(layer_of(device, **options(device)[0])))
+    for matrix in (matrices := mha_book.mixing_matrices(layer)).values():
+        nn.init.normal_(matrix)
+    x, context = tokens(device), tokens(device, s.m, 11) if layer.context_proj is not None else None
+    y, folded, h = layer(x, context), mha_book.fold_mixing(layer), layer.layout.num_heads
+    out = mha_book.mix_output_heads(folded, torch.randn(h, h, device=device, dtype=torch.float64))
+    return layer, folded, out, y, out(x, context), torch.autograd.grad(y.sum(), [*matrices.values()])
+
+
 def of_saved_heads(device):
     "A layer of fewer heads into one of more."
     layer, less = layer_of(device), mha_book.prune_heads(layer_of(device), [0, 2, 4])
@@ -584,11 +642,17 @@ enter(
     some_layers,
 )
 enter("prune_heads, prune_model", of_fewer_heads, some_layers)
+enter(
+    "MixedHeads, knock_heads_, mix_kv_heads_, mixing_matrices, fold_mixing, mix_output_heads",
+    with_mixed_rows,
+    some_layers,
+)
 enter("HeadGates, add_gates, open_price, prune_gated", behind_gates, some_layers)
 CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "ComposedHeads": composed,
     "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
@@ -597,6 +661,28 @@ CASES |= {
         mha_book.budget_loss(controller(tokens(device)[:, 0]), *torch.rand(2, s.b, 3, device=device), 0.1),
     ),
 }
+
+
+def in_pairs(device, options):
+    made, called = options(device)
+    made = dict(num_kv_heads=2, head_dim=s.d) | made
+    plug = mha_book.DifferentialAttention(s.h, s.d, 1, device=device, dtype=torch.float64)
+    in_halves = layer_of(device, attend=plug, **made)
+    made |= dict(num_kv_heads=s.g)
+    in_groups = mha_book.DifferentialHeads(s.e, s.h, **made, device=device, dtype=torch.float64)
+    twice = mha_book.pair_heads(layer_of(device, **made))
+    called.pop("bias", None)
+    layers = in_halves, in_groups, twice, layer_of(device, attend=mha_book.SigmoidAttention(), **made)
+    ys = [layer(tokens(device), **called) for layer in layers]
+    sum(y.sum() for y in ys).backward()
+    return layers, ys, [p.grad for layer in layers for p in layer.parameters()]
+
+
+enter(
+    "DifferentialAttention, DifferentialHeads, SubtractHeads, pair_heads, SigmoidAttention",
+    in_pairs,
+    {name: LAYERS[name] for name in ("plain", "causal", "mask, bias, padding", "value_dim", "position", "dropout")},
+)
 
 
 def in_fewer_bits(device, form):
@@ -799,6 +885,7 @@ def budgeted(device):
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "skip_heads": skipped,
+    "collaborate": made_to_collaborate,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(

@@ -11,6 +11,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ComposedHeads,
     ContextCache,
     Dialect,
     Finish,
@@ -23,6 +24,7 @@ from mha_book import (
     MixedPrecision,
     MixtureOfHeads,
     MultiHeadAttention,
+    MultiTokenAttention,
     OutputGate,
     PagedCache,
     Position,
@@ -35,6 +37,7 @@ from mha_book import (
     RoPEYaRNScaling,
     RotatedPosition,
     SinkAttention,
+    TalkingHeads,
 )
 
 # into the sockets
@@ -44,11 +47,16 @@ attends: list[Attend] = [
     mha_book.attention,
     HeadTemperature(4),
     SinkAttention(4),
+    MultiTokenAttention(4, queries=2, keys=3, group=2, window=9),
     InterleavedHeads(4, 2, num_kv_heads=2, window=8, attend=SinkAttention(8)),
     RelativeBias(4),
     ALiBi(4),
     mha_book.ExtraKeys(4, 8),
     MixedPrecision(HeadPrecision.uniform(4, "int4")),
+    TalkingHeads(4, weights=False, window=(3, None), scale=0.5),
+    TalkingHeads(4, attend=partial(mha_book.attention, window=4)),
+    mha_book.DifferentialAttention(4, 16, 0),
+    mha_book.SigmoidAttention(bias=-3.0, window=(5, 0)),
 ]
 scalings = (RoPELinearScaling(2.0), RoPENTKScaling(2.0), RoPEYaRNScaling(2.0, 64), RoPELlama3Scaling(2.0, 64))
 tables = partial(mha_book.rotate_by_tables, cos=torch.ones(9, 8), sin=torch.ones(9, 8))
@@ -80,7 +88,19 @@ smaller = mha_book.prune_model(nn.Sequential(narrow), to_go)
 gates: dict[str, mha_book.HeadGates] = mha_book.add_gates(smaller, start=1.5)
 open_heads: Tensor = mha_book.open_price(smaller) + gates["0"].expected_open() + gates["0"].draw(2).sum()
 ungated: nn.Module = mha_book.prune_gated(smaller)
+knocking: MultiHeadAttention = mha_book.mix_kv_heads_(mha_book.knock_heads_(MultiHeadAttention(64, 4), "v"), "k")
+knocks: dict[str, nn.Parameter] = mha_book.mixing_matrices(knocking)
+unmixed: MultiHeadAttention = mha_book.mix_output_heads(mha_book.fold_mixing(knocking), torch.eye(4))
+knock: Tensor = mha_book.MixedHeads(layout, "q", "channels")(torch.zeros(128, 64))
+shared_keys: mha_book.CollaborativeHeads = mha_book.collaborate(
+    MultiHeadAttention(64, 4), 32, tokens=torch.randn(9, 64), steps=2
+)
+shared_cache: KVCache = shared_keys.new_cache(2, 32, window=8)
+with_shared: Tensor = mha_book.CollaborativeHeads(64, 4, 24, num_kv_heads=2)(x, is_causal=True)
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
+in_pairs: mha_book.DifferentialHeads = mha_book.pair_heads(MultiHeadAttention(64, 4))
+finishes.append(mha_book.SubtractHeads(64, 4, finish=finishes[0]))
+subtracted: Tensor = mha_book.DifferentialHeads(64, 4, num_kv_heads=2)(x) + in_pairs.attention_map(x).sum()
 apart: MultiHeadAttention = mha_book.separate_projections(layer)
 stacked: MultiHeadAttention = mha_book.stack_projections(apart)
 latent = MultiHeadAttention(64, 4, head_dim=24, value_dim=16)
@@ -170,3 +190,8 @@ ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controlle
 found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
 given: list[Tensor] = [found.output, found.levels, found.num_heads]
 more: int = ways.extra_bytes
+composing: MultiHeadAttention = ComposedHeads(64, 4, rank=1, from_keys=False, window=9)
+width_of_kept_keys: int = ComposedHeads(64, 4).key_dim
+# heads that talk
+talked: Tensor = mha_book.talk_through_kernel(q, k, v, torch.eye(4), None, attend=mha_book.fused_attend, is_causal=True)
+mixed_maps: Tensor = mha_book.mix_heads(maps, torch.ones(2, 4))
