@@ -56,6 +56,7 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.composed_heads import ComposedHeads, MultiTokenAttention
+from .variants.collaborative_heads import CollaborativeHeads, collaborate
 from mha_book.variants.differential import (
     DifferentialAttention,
     DifferentialHeads,
@@ -157,6 +158,7 @@ __all__ = [
     "mix_output_heads",
     # Heads that talk to each other
     "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
+    "CollaborativeHeads", "collaborate",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]

@@ -313,7 +313,8 @@ def _spread(tokens: Tensor | None, like: Float[Tensor, "h d e"]) -> _Spread:
     tokens = tokens.to(like.dtype)
     apart = tokens - tokens.mean(0)
     sizes, axes = torch.linalg.eigh(apart.mT @ apart / len(tokens))
-    roots = sizes.clamp(min=1e-4 * float(sizes.mean())).sqrt()    # no direction counts for nothing
+    # no direction counts for nothing; all count alike where tokens do not differ
+    roots = sizes.clamp(min=1e-4 * float(sizes.mean()) or 1.0).sqrt()
     return _Spread(tokens.mean(0), axes * roots, (axes / roots).mT)
 
 

@@ -69,6 +69,7 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "query_places": lambda device: query_places(5, 7, device),
     "distances": lambda device: distances(5, 7, device),
     "hadamard": lambda device: hadamard(8, device=device),
+    "CollaborativeHeads": lambda device: mha_book.CollaborativeHeads(48, 6, 24, device=device),
     "HeadBudget": lambda device: mha_book.HeadBudget(3, 2, device=device),
     "rope_frequencies": lambda device: rope_frequencies(8, device=device),
 }

@@ -507,6 +507,26 @@ def interleaved(device, options):
 enter("InterleavedHeads", interleaved, SHARED | DROPOUT)
 
 
+def collaborating(device, options):
+    layer = mha_book.CollaborativeHeads(s.e, s.h, 12, value_dim=s.dv, device=device, dtype=torch.float64)
+    x = tokens(device)
+    y = layer(x, **options)
+    cache = layer.new_cache(s.b, s.n)
+    with torch.no_grad():
+        rows = [layer(part, is_causal=True, cache=cache) for part in x.split(2, 1)]
+    return layer, y, torch.autograd.grad(y.sum(), [*layer.parameters()]), layer.attention_map(x), rows, cache.k
+
+
+enter("CollaborativeHeads", collaborating, {"plain": {}, "causal": dict(is_causal=True)})
+
+
+def made_to_collaborate(device):
+    layer, seen = layer_of(device), tokens(device).flatten(0, 1)
+    ways = dict(tokens=seen, steps=2), dict(steps=2, start="random")
+    new = [mha_book.collaborate(layer, 9, **way) for way in ways]
+    return *(list(one.parameters()) for one in new), new[0](tokens(device))
+
+
 def routed(device):
     layer, x, real = mixture_of(device), tokens(device), bits(s.b, s.n, device=device)
     with mha_book.recorded_routes(layer) as found:
@@ -865,6 +885,7 @@ def budgeted(device):
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "skip_heads": skipped,
+    "collaborate": made_to_collaborate,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(

@@ -92,6 +92,11 @@ knocking: MultiHeadAttention = mha_book.mix_kv_heads_(mha_book.knock_heads_(Mult
 knocks: dict[str, nn.Parameter] = mha_book.mixing_matrices(knocking)
 unmixed: MultiHeadAttention = mha_book.mix_output_heads(mha_book.fold_mixing(knocking), torch.eye(4))
 knock: Tensor = mha_book.MixedHeads(layout, "q", "channels")(torch.zeros(128, 64))
+shared_keys: mha_book.CollaborativeHeads = mha_book.collaborate(
+    MultiHeadAttention(64, 4), 32, tokens=torch.randn(9, 64), steps=2
+)
+shared_cache: KVCache = shared_keys.new_cache(2, 32, window=8)
+with_shared: Tensor = mha_book.CollaborativeHeads(64, 4, 24, num_kv_heads=2)(x, is_causal=True)
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
 in_pairs: mha_book.DifferentialHeads = mha_book.pair_heads(MultiHeadAttention(64, 4))
 finishes.append(mha_book.SubtractHeads(64, 4, finish=finishes[0]))
