@@ -55,8 +55,8 @@ from mha_book.plugs.rope_scaling import (
     RoPEYaRNScaling,
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
-from .variants.composed_heads import ComposedHeads, MultiTokenAttention
 from .variants.collaborative_heads import CollaborativeHeads, collaborate
+from .variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.differential import (
     DifferentialAttention,
     DifferentialHeads,

@@ -58,11 +58,11 @@ class ComposedHeads(MultiHeadAttention):
         from_keys: bool = True,            # whether the key's token has a say, too
         window: int | tuple[int | None, int | None] | None = None,  # as in `attention`
         scale: float | None = None,        # 1/sqrt(d) unless told
+        attend: None = None,               # taken by the mixing
         # all others as in `MultiHeadAttention`
         num_kv_heads: int | None = None, head_dim: int | None = None, value_dim: int | None = None,
         out_dim: int | None = None, bias: bool = True, dropout: float = 0.0,
         qk_norm: Callable[[int], nn.Module] | None = None, position: Position | None = None,
-        attend: None = None,               # taken by the mixing
         finish: Finish | None = None, context_dim: int | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):
