@@ -55,6 +55,7 @@ from mha_book.plugs.rope_scaling import (
     RoPEYaRNScaling,
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
+from .variants.collaborative_heads import CollaborativeHeads, collaborate
 from mha_book.variants.differential import (
     DifferentialAttention,
     DifferentialHeads,
@@ -62,7 +63,6 @@ from mha_book.variants.differential import (
     SubtractHeads,
     pair_heads,
 )
-from .variants.collaborative_heads import CollaborativeHeads, collaborate
 from .variants.grouped import folded_attend, repeat_kv_heads
 from .variants.head_budget import AdaptiveHeads, Budgeted, HeadBudget, budget_loss
 from .variants.head_gates import HeadGates, add_gates, open_price, prune_gated
