@@ -430,7 +430,7 @@ def own_ways(
 
 
 
-def check_unhooked(layer: MultiHeadAttention) -> None:
+def check_unhooked(layer: nn.Module) -> None:
     "Raise TypeError for forward pre-hooks on the layer itself, which run in its calls only."
     if layer._forward_pre_hooks:
         raise TypeError("the layer has forward pre-hooks, which change what it is given (or bring its "

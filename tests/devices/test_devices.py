@@ -467,6 +467,16 @@ def through_kernel(q, k, v, **options):
 
 
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+enter("MultiTokenAttention", held, dict(multi_token=mha_book.MultiTokenAttention))
+
+
+def composed(device):
+    options = dict(num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    layer, x = mha_book.ComposedHeads(s.e, s.h, **options), tokens(device)
+    y = layer(x, is_causal=True, key_mask=bits(s.b, s.n, device=device))
+    return layer, y, layer.attention_map(x), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
 enter("mix_heads, talk_through_kernel", partial(mixed, attend=through_kernel), SHARED | DROPOUT)
 enter(
     "TalkingHeads",
@@ -495,6 +505,26 @@ def interleaved(device, options):
 
 
 enter("InterleavedHeads", interleaved, SHARED | DROPOUT)
+
+
+def collaborating(device, options):
+    layer = mha_book.CollaborativeHeads(s.e, s.h, 12, value_dim=s.dv, device=device, dtype=torch.float64)
+    x = tokens(device)
+    y = layer(x, **options)
+    cache = layer.new_cache(s.b, s.n)
+    with torch.no_grad():
+        rows = [layer(part, is_causal=True, cache=cache) for part in x.split(2, 1)]
+    return layer, y, torch.autograd.grad(y.sum(), [*layer.parameters()]), layer.attention_map(x), rows, cache.k
+
+
+enter("CollaborativeHeads", collaborating, {"plain": {}, "causal": dict(is_causal=True)})
+
+
+def made_to_collaborate(device):
+    layer, seen = layer_of(device), tokens(device).flatten(0, 1)
+    ways = dict(tokens=seen, steps=2), dict(steps=2, start="random")
+    new = [mha_book.collaborate(layer, 9, **way) for way in ways]
+    return *(list(one.parameters()) for one in new), new[0](tokens(device))
 
 
 def routed(device):
@@ -622,6 +652,7 @@ CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "ComposedHeads": composed,
     "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),
@@ -854,6 +885,7 @@ def budgeted(device):
 READ_VALUES = {  # whose result depends on numbers, which the meta device has not
     "qk_clip_": clipped,
     "skip_heads": skipped,
+    "collaborate": made_to_collaborate,
     "error_report": judged,
     "KVCache: padding": partial(decoded, options={}, cached=slab, real=[[False, True, True], [True, True, False]]),
     "KVCache: padding, window, first": partial(

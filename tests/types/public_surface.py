@@ -11,6 +11,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ComposedHeads,
     ContextCache,
     Dialect,
     Finish,
@@ -23,6 +24,7 @@ from mha_book import (
     MixedPrecision,
     MixtureOfHeads,
     MultiHeadAttention,
+    MultiTokenAttention,
     OutputGate,
     PagedCache,
     Position,
@@ -45,6 +47,7 @@ attends: list[Attend] = [
     mha_book.attention,
     HeadTemperature(4),
     SinkAttention(4),
+    MultiTokenAttention(4, queries=2, keys=3, group=2, window=9),
     InterleavedHeads(4, 2, num_kv_heads=2, window=8, attend=SinkAttention(8)),
     RelativeBias(4),
     ALiBi(4),
@@ -89,6 +92,11 @@ knocking: MultiHeadAttention = mha_book.mix_kv_heads_(mha_book.knock_heads_(Mult
 knocks: dict[str, nn.Parameter] = mha_book.mixing_matrices(knocking)
 unmixed: MultiHeadAttention = mha_book.mix_output_heads(mha_book.fold_mixing(knocking), torch.eye(4))
 knock: Tensor = mha_book.MixedHeads(layout, "q", "channels")(torch.zeros(128, 64))
+shared_keys: mha_book.CollaborativeHeads = mha_book.collaborate(
+    MultiHeadAttention(64, 4), 32, tokens=torch.randn(9, 64), steps=2
+)
+shared_cache: KVCache = shared_keys.new_cache(2, 32, window=8)
+with_shared: Tensor = mha_book.CollaborativeHeads(64, 4, 24, num_kv_heads=2)(x, is_causal=True)
 matched: nn.Module = mha_book.match_heads(nn.Sequential(narrow), smaller.state_dict())
 in_pairs: mha_book.DifferentialHeads = mha_book.pair_heads(MultiHeadAttention(64, 4))
 finishes.append(mha_book.SubtractHeads(64, 4, finish=finishes[0]))
@@ -182,6 +190,8 @@ ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controlle
 found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
 given: list[Tensor] = [found.output, found.levels, found.num_heads]
 more: int = ways.extra_bytes
+composing: MultiHeadAttention = ComposedHeads(64, 4, rank=1, from_keys=False, window=9)
+width_of_kept_keys: int = ComposedHeads(64, 4).key_dim
 # heads that talk
 talked: Tensor = mha_book.talk_through_kernel(q, k, v, torch.eye(4), None, attend=mha_book.fused_attend, is_causal=True)
 mixed_maps: Tensor = mha_book.mix_heads(maps, torch.ones(2, 4))
