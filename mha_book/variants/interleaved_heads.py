@@ -117,7 +117,7 @@ class InterleavedHeads(nn.Module):
         ValueError for other numbers of heads, and for queries on another device.
         """
         call = checked_call(q, k, v, window=self.window, **options)
-        self._check_heads(q, k)
+        _check_heads(q, k, self.mix_q, self.mix_k)
         out = self.attend(self.queries(q), self.keys(k), self.values(v), **self._options(call),
                           dropout_p=call.dropout_p)
         return self.collapsed(out)
@@ -130,15 +130,6 @@ class InterleavedHeads(nn.Module):
         else:
             mask, is_causal = call.all_masks, False
         return dict(mask=_repeated(mask, *repeats), bias=_repeated(call.bias, *repeats), is_causal=is_causal)
-
-    def _check_heads(self, q: Tensor, k: Tensor) -> None:
-        h, g = self.mix_q.shape[0], self.mix_k.shape[0]
-        if (q.shape[1], k.shape[1]) != (h, g):
-            raise ValueError(f"{q.shape[1]} query heads and {k.shape[1]} key-value heads; InterleavedHeads mixes "
-                             f"{h} and {g}: num_heads= and num_kv_heads= are the layer's")
-        if q.device != self.mix_q.device:
-            raise ValueError(f"device differs: query {q.device}, mixes {self.mix_q.device}; "
-                             f"{together(q.device, self.mix_q.device)}")
 
 # %% ../../nbs/20c_interleaved_heads.ipynb #interleaved-checks
 def _repeated(extra: Tensor | None, heads: int, keys: int) -> Tensor | None:
@@ -173,3 +164,13 @@ def _check_rest(across_heads: bool, spread: float, window: object, attend: Atten
         raise ValueError(f"attend has window={inner!r}, which would count pseudo-keys: give it to "
                          f"InterleavedHeads(window=), which counts tokens")
     check_device(device)
+
+
+def _check_heads(q: Tensor, k: Tensor, mix_q: Tensor, mix_k: Tensor) -> None:
+    "Raise unless queries and keys have the heads that are mixed, and are where the mixes are."
+    h, g = len(mix_q), len(mix_k)
+    if (q.shape[1], k.shape[1]) != (h, g):
+        raise ValueError(f"{q.shape[1]} query heads and {k.shape[1]} key-value heads; InterleavedHeads mixes "
+                         f"{h} and {g}: num_heads= and num_kv_heads= are the layer's")
+    if q.device != mix_q.device:
+        raise ValueError(f"device differs: query {q.device}, mixes {mix_q.device}; {together(q.device, mix_q.device)}")
