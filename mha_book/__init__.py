@@ -56,6 +56,7 @@ from mha_book.plugs.rope_scaling import (
 )
 from .variants.aligning import align_kv_heads, mean_kv_heads, rotate_kv_heads
 from .variants.collaborative_heads import CollaborativeHeads, collaborate
+from .variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.differential import (
     DifferentialAttention,
     DifferentialHeads,
@@ -111,9 +112,11 @@ __all__ = [
     "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
     "nearest_head_counts", "pad_heads", "separate_projections", "stack_projections",
     "AttentionHead", "HeadList",
+    "ComposedHeads",
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
     "HeadTemperature", "SinkAttention",
+    "MultiTokenAttention",
     "InterleavedHeads",
     "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`

@@ -943,6 +943,15 @@ def test_a_layer_of_x_transformers_whose_heads_talk_comes_in(which):
 # Heads that are subtracted, and weights without a sum
 
 
+def turned_as_there(q, k, *, offset):
+    "Rotary positions after `offset` tokens, for all rows or for each; angles in float32."
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(0, s.d, 2).float() / s.d)
+    places = torch.as_tensor(offset).view(-1, 1) + torch.arange(q.shape[2])
+    angles = (places.float()[..., None] * frequencies).repeat(1, 1, 2)[:, None]
+    halves = [torch.cat([-second, first], -1) for first, second in (t.chunk(2, -1) for t in (q, k))]
+    return tuple(t * angles.cos().double() + half * angles.sin().double() for t, half in zip((q, k), halves))
+
+
 class Differential:
     "The attention of Transformers' DiffLlama and this book's layer with its weights, in float64."
 
@@ -964,7 +973,7 @@ class Differential:
     def carried(self, heads, index):
         plug = DifferentialAttention(heads.num_heads, s.d, index, dtype=torch.float64)
         names = {f"attend.{n}" if n.startswith("lambda") else n: t for n, t in self.module.state_dict().items()}
-        return from_state_dict(names, heads, "separate", position=Rotary(s.d), attend=plug).eval()
+        return from_state_dict(names, heads, "separate", position=turned_as_there, attend=plug).eval()
 
     def __call__(self, x, mask=None):
         "Their output; their mask is added to the logits."
@@ -996,11 +1005,12 @@ def test_differential_attention_is_that_of_diffllama(num_heads, num_kv_heads, in
     mask = torch.rand(s.b, 1, s.m, s.m) < 0.6
     mask[..., 0] = True
     assert_close(layer(x, mask=mask), theirs(x, mask))
-    layer.position = RoPE(s.d)  # the book's own, whose angles are not rounded
     cache = KVCache(s.b, num_kv_heads, s.m, s.d, dtype=torch.float64)
     with torch.no_grad():
         parts = [layer(part, is_causal=True, cache=cache) for part in x.split([3, 1, 2, 1], 1)]
-        assert_close(torch.cat(parts, 1), theirs(x), atol=1e-6)
+        assert_close(torch.cat(parts, 1), theirs(x))
+        layer.position = RoPE(s.d)  # the book's own, whose angles are not rounded
+        assert_close(layer(x, is_causal=True), theirs(x), atol=1e-6)
 
 
 def test_the_factor_of_diffllama_is_theirs_to_float32_and_begins_as_theirs():

@@ -26,6 +26,7 @@ from mha_book.models.language_model import DecoderLayer, LanguageModel, Language
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.rope import RoPE
 from mha_book.variants.collaborative_heads import CollaborativeHeads
+from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.differential import DifferentialAttention, DifferentialHeads, SigmoidAttention
 from mha_book.variants.head_budget import HeadBudget
 from mha_book.variants.head_gates import HeadGates
@@ -84,6 +85,10 @@ MODULES = {
     "MixtureOfHeads": lambda: layer(finish=MixtureOfHeads(E, H, 4, num_shared=1)),
     "MixedHeads": lambda: MixedHeads(HeadLayout(H, G, D, DV), "qv", "channels"),
     "_Router": lambda: MixtureOfHeads(E, 100, 3).router,
+    "ComposedHeads": lambda: ComposedHeads(E, H, num_kv_heads=G, head_dim=D, value_dim=DV, context_dim=C),
+    "_TokenMix": lambda: ComposedHeads(E, H).of_queries,
+    "_Composition": lambda: ComposedHeads(E, H).attend,
+    "MultiTokenAttention": lambda: layer(attend=MultiTokenAttention(H)),
     "DifferentialAttention": lambda: layer(attend=DifferentialAttention(H, D, 2)),
     "DifferentialHeads": lambda: DifferentialHeads(E, H, num_kv_heads=G, value_dim=DV),
     "SubtractHeads": lambda: DifferentialHeads(E, H, context_dim=C).finish,

@@ -31,24 +31,28 @@ def check_common(args: argparse.Namespace) -> torch.device:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 or more, and below 2**63")
     if args.json is not None:
-        if not args.json.name.isprintable() or len(args.json.name) > 200 or args.json.name == "-":
-            raise ValueError(f"--json {str(args.json)!r}: needed is a name in print, up to 200 letters")
-        try:
-            check_writable(args.json)
-        except ValueError as error:
-            raise ValueError(f"--json {error}") from None
-        named = [other for other in OTHERS if args.json.name.startswith(other)]
-        if named != [args.command] * (args.command in OTHERS):
-            raise ValueError(
-                f"--json {args.json}: names of the stress test's files, and no "
-                f"others, begin with stress, as in stress-yours.json, those "
-                f"of the heads with heads, of the ladder with ladder, of mixing with mixing, and "
-                f"those of precision with precision"
-            )
+        _check_file(args.json, args.command)
     device = pick_device(args.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: there is no clock for it; use cpu or cuda")
     return device
+
+
+def _check_file(file: Path, command: str) -> None:
+    "ValueError for a file that cannot be written, and for the name of another command's."
+    if not file.name.isprintable() or len(file.name) > 200 or file.name == "-":
+        raise ValueError(f"--json {str(file)!r}: needed is a name in print, up to 200 letters")
+    try:
+        check_writable(file)
+    except ValueError as error:
+        raise ValueError(f"--json {error}") from None
+    named = [other for other in OTHERS if file.name.startswith(other)]
+    if named != [command] * (command in OTHERS):
+        raise ValueError(
+            f"--json {file}: names of the stress test's files, and no others, begin with stress, as in "
+            f"stress-yours.json, those of the heads with heads, of the ladder with ladder, of mixing with mixing, "
+            f"and those of precision with precision"
+        )
 
 
 # mha-book precision, mha-book ladder: models are asked step by step, and files are taken up again

@@ -15,7 +15,7 @@ from ..variants.mixed_projections import fold_mixing, knock_heads_, mix_kv_heads
 from ..variants.talking_heads import TalkingHeads
 
 Sizes = dict[str, Any]  # embed_dim, num_heads, head_dim, out_dim, and perhaps position
-PLAIN, PLACED = "plain", "plain, learned places"
+PLAIN, PLACED, TWICE = "plain", "plain, learned places", "plain, twice the query heads"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,16 @@ def _collaborative(sizes: Sizes, index: int) -> nn.Module:
     return CollaborativeHeads(e, h, h * d, value_dim=d, out_dim=out, bias=False)
 
 
+def _twice(sizes: Sizes, index: int) -> nn.Module:
+    "Two query heads for each key-value head, as a layer of pairs has, and nothing is subtracted."
+    h = sizes["num_heads"]
+    return MultiHeadAttention(**sizes | dict(num_heads=2 * h), num_kv_heads=h, bias=False)
+
+
 KINDS = {
     PLAIN: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes)),
     PLACED: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes), PLACED),
+    TWICE: Kind("nowhere", True, "any", _twice),
     "knocking heads": Kind("q, k, v", True, "any", lambda sizes, index: knock_heads_(_plain(sizes))),
     "keys and values mixed": Kind("k, v", True, "any", lambda sizes, index: mix_kv_heads_(_plain(sizes))),
     "interleaved heads": Kind("q, k, v", False, "any", _attend(lambda s, index: InterleavedHeads(s["num_heads"], 2))),

@@ -135,10 +135,17 @@ def _scale_of_letters(name: str, p: Tensor) -> float:
     return (3 * p.shape[1]) ** -0.5 / deep
 
 
-def windows(play: str, number: int, generator: torch.Generator) -> Tensor:  # number LENGTH + 1
-    ids = texts()[0][play]
+def windows(ids: Tensor, number: int, generator: torch.Generator) -> Tensor:  # number LENGTH + 1
+    "So many windows of a text, each with the letter that comes after it."
     at = torch.randint(len(ids) - LENGTH - 1, (number, 1), generator=generator, device="cpu")
     return ids[at + torch.arange(LENGTH + 1, device="cpu")]
+
+
+def _batches(seed: int) -> Iterator[Tensor]:
+    "Windows to train on, without end."
+    plays, generator = torch.cat([texts()[0][play] for play in PLAYS]), torch.Generator("cpu").manual_seed(seed)
+    while True:
+        yield windows(plays, BATCH, generator)
 
 
 def letter_loss(model: Speaker, ids: Tensor) -> Tensor:
@@ -152,16 +159,8 @@ def learn_letters(kind: str, heads: int, rate: float, seed: int, steps: int, dev
     model, hidden = matched_speaker(kind)
     drawn_by_name(model, seed, _scale_of_letters)
     model.to(device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    plays = torch.cat([texts()[0][play] for play in PLAYS])
-
-    def batches() -> Iterator[Callable[[], Tensor]]:
-        while True:
-            at = torch.randint(len(plays) - LENGTH - 1, (BATCH, 1), generator=generator, device="cpu")
-            ids = plays[at + torch.arange(LENGTH + 1, device="cpu")].to(device)
-            yield lambda ids=ids: letter_loss(model, ids)
-
-    course = train(model, batches(), steps, rate)
+    losses = (lambda ids=ids: letter_loss(model, ids.to(device)) for ids in _batches(seed))
+    course = train(model, losses, steps, rate)
     model.eval()
     with torch.no_grad():
         found = {
@@ -174,7 +173,7 @@ def learn_letters(kind: str, heads: int, rate: float, seed: int, steps: int, dev
 
 
 def _test_windows(play: str) -> Tensor:
-    return windows(play, WINDOWS, torch.Generator("cpu").manual_seed(0))
+    return windows(texts()[0][play], WINDOWS, torch.Generator("cpu").manual_seed(0))
 
 
 def resemblances(model: Speaker, ids: Tensor) -> list[float]:

@@ -28,6 +28,7 @@ from mha_book.plugs.positions import ALiBi, LearnedPositions, RelativeBias, dist
 from mha_book.plugs.quantize import HeadPrecision
 from mha_book.plugs.quantized_cache import Plan, QuantizedKVCache, QuantizedSlots
 from mha_book.plugs.rope import rope_frequencies
+from mha_book.variants.composed_heads import ComposedHeads, MultiTokenAttention
 from mha_book.variants.differential import DifferentialAttention, DifferentialHeads, SubtractHeads
 from mha_book.variants.head_gates import HeadGates
 from mha_book.variants.interleaved_heads import InterleavedHeads
@@ -48,6 +49,8 @@ MAKES = {  # what makes tensors, or hands a device on to where they are made
     "HeadGates": lambda device: HeadGates(6, device=device),
     "OutputGate": lambda device: OutputGate(48, 6, device=device),
     "MixtureOfHeads": lambda device: MixtureOfHeads(48, 6, 3, device=device),
+    "ComposedHeads": lambda device: ComposedHeads(48, 6, device=device),
+    "MultiTokenAttention": lambda device: MultiTokenAttention(6, device=device),
     "TalkingHeads": lambda device: TalkingHeads(6, device=device),
     "MixedHeads": lambda device: MixedHeads(HeadLayout(6, 3, 8), "kv", "heads", device=device),
     "DifferentialAttention": lambda device: DifferentialAttention(6, 8, 0, device=device),

@@ -467,6 +467,16 @@ def through_kernel(q, k, v, **options):
 
 
 enter("HeadTemperature, SinkAttention", held, dict(temperature=mha_book.HeadTemperature, sinks=mha_book.SinkAttention))
+enter("MultiTokenAttention", held, dict(multi_token=mha_book.MultiTokenAttention))
+
+
+def composed(device):
+    options = dict(num_kv_heads=s.g, head_dim=s.d, device=device, dtype=torch.float64)
+    layer, x = mha_book.ComposedHeads(s.e, s.h, **options), tokens(device)
+    y = layer(x, is_causal=True, key_mask=bits(s.b, s.n, device=device))
+    return layer, y, layer.attention_map(x), torch.autograd.grad(y.sum(), [*layer.parameters()])
+
+
 enter("mix_heads, talk_through_kernel", partial(mixed, attend=through_kernel), SHARED | DROPOUT)
 enter(
     "TalkingHeads",
@@ -642,6 +652,7 @@ CASES |= {
     "match_heads": of_saved_heads,
     "RotatedPosition": turned_places,
     "OutputGate": gated,
+    "ComposedHeads": composed,
     "MixtureOfHeads, Routes, balance_loss, recorded_routes": routed,
     "largest_logits": lambda device: mha_book.largest_logits(layer_of(device), tokens(device), window=3),
     "z_loss": lambda device: mha_book.z_loss(torch.randn(s.b, s.h, s.n, device=device)),

@@ -11,6 +11,7 @@ from mha_book import (
     Attend,
     BlockPool,
     Cache,
+    ComposedHeads,
     ContextCache,
     Dialect,
     Finish,
@@ -23,6 +24,7 @@ from mha_book import (
     MixedPrecision,
     MixtureOfHeads,
     MultiHeadAttention,
+    MultiTokenAttention,
     OutputGate,
     PagedCache,
     Position,
@@ -45,6 +47,7 @@ attends: list[Attend] = [
     mha_book.attention,
     HeadTemperature(4),
     SinkAttention(4),
+    MultiTokenAttention(4, queries=2, keys=3, group=2, window=9),
     InterleavedHeads(4, 2, num_kv_heads=2, window=8, attend=SinkAttention(8)),
     RelativeBias(4),
     ALiBi(4),
@@ -187,6 +190,8 @@ ways = mha_book.AdaptiveHeads(nn.Sequential(layer), [{}, {"0": (1,)}], controlle
 found: mha_book.Budgeted = ways(x, levels=ways.choose(x))
 given: list[Tensor] = [found.output, found.levels, found.num_heads]
 more: int = ways.extra_bytes
+composing: MultiHeadAttention = ComposedHeads(64, 4, rank=1, from_keys=False, window=9)
+width_of_kept_keys: int = ComposedHeads(64, 4).key_dim
 # heads that talk
 talked: Tensor = mha_book.talk_through_kernel(q, k, v, torch.eye(4), None, attend=mha_book.fused_attend, is_causal=True)
 mixed_maps: Tensor = mha_book.mix_heads(maps, torch.ones(2, 4))
