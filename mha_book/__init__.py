@@ -112,19 +112,17 @@ __all__ = [
     "MultiHeadAttention", "HeadLayout", "split_heads", "merge_heads",
     "nearest_head_counts", "pad_heads", "separate_projections", "stack_projections",
     "AttentionHead", "HeadList",
-    "ComposedHeads",
     # Into `attend`
     "Attend", "fused_attend", "folded_attend", "ALiBi", "RelativeBias", "ExtraKeys",
-    "HeadTemperature", "SinkAttention",
-    "MultiTokenAttention",
-    "InterleavedHeads",
+    "HeadTemperature", "SinkAttention", "TalkingHeads", "InterleavedHeads",
+    "MultiTokenAttention", "DifferentialAttention", "SigmoidAttention",
     "MixedPrecision", "use_precision", "precisions_to_json", "precisions_from_json",
     # Into `position`
     "Position", "RoPE", "RoPELinearScaling", "RoPENTKScaling", "RoPEYaRNScaling",
     "RoPELlama3Scaling", "rotate_by_tables",
     "RotatedPosition", "hadamard",
     # Into `finish`
-    "Finish", "OutputGate", "HeadGates", "MixtureOfHeads",
+    "Finish", "OutputGate", "HeadGates", "MixtureOfHeads", "SubtractHeads",
     # Into `cache`
     "Cache", "KVCache", "BlockPool", "PagedCache", "ContextCache", "commit_once",
     "QuantizedKVCache", "promised_bytes",
@@ -151,14 +149,10 @@ __all__ = [
     "add_gates", "open_price", "prune_gated",
     "Routes", "balance_loss", "recorded_routes", "skip_heads",
     "HeadBudget", "budget_loss", "AdaptiveHeads", "Budgeted",
-    # Heads that meet
-    "TalkingHeads", "mix_heads", "talk_through_kernel",
     # Heads that talk to each other
-    "MixedHeads", "knock_heads_", "mix_kv_heads_", "mixing_matrices", "fold_mixing",
-    "mix_output_heads",
-    # Heads that talk to each other
-    "DifferentialAttention", "DifferentialHeads", "SubtractHeads", "pair_heads", "SigmoidAttention",
-    "CollaborativeHeads", "collaborate",
+    "mix_heads", "talk_through_kernel", "MixedHeads", "knock_heads_", "mix_kv_heads_",
+    "mixing_matrices", "fold_mixing", "mix_output_heads", "ComposedHeads",
+    "DifferentialHeads", "pair_heads", "CollaborativeHeads", "collaborate",
     # Measure it
     "pick_device", "benchmark", "peak_bytes", "cache_bytes",
 ]
