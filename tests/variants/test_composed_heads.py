@@ -471,7 +471,7 @@ def test_with_a_cache_one_query_row_is_whole_and_more_are_refused():
     layer = build(MultiHeadAttention, attend=multi(queries=2))
     cache = KVCache(s.b, s.g, s.m, s.d, **float64)
     layer(x[:, :3], is_causal=True, cache=cache)
-    with refused(ValueError, "1 queries", "4 keys", "queries=1"):
+    with refused(ValueError, "1 query", "4 keys", "queries=1"):
         layer(x[:, 3:4], is_causal=True, cache=cache)
     assert cache.seen.tolist() == [3, 3]
     apart = layer(x[:, 3:4], cache=cache) - layer(x[:, :4], is_causal=True)[:, 3:]
