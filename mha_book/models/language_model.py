@@ -219,11 +219,9 @@ class LanguageModel(nn.Module):
         """
         if window is None:
             self.check_length(max_len)
-        like = dict(device=self.word.weight.device, dtype=self.word.weight.dtype)
-        layouts = [layer.attention.layout for layer in self.layers]    # each its own
-        return [KVCache(batch_size, g, max_len, d, value_dim=layout.value_dim, window=window,
-                        keep_first=keep_first, **like)
-                for layout in layouts for _, g, d in [layout]]
+        options = dict(window=window, keep_first=keep_first)
+        return [_cache_of(layer.attention, self.word.weight, batch_size, max_len, options)
+                for layer in self.layers]
 
     def check_length(self, length: int) -> None:
         "Raise ValueError where the model was not trained on so many tokens."
@@ -276,6 +274,16 @@ class LanguageModel(nn.Module):
     ) -> Float[Tensor, "b n vocab"]:
         "The score of every next token, after each token. Arguments as in `states`."
         return self.logits(self.states(ids, key_mask=key_mask, cache=cache))
+
+
+def _cache_of(layer: nn.Module, like: Tensor, batch_size: int, max_len: int, options: dict) -> KVCache:
+    "A layer's own cache, or one of its heads; `key_dim` says where its keys are wider than a head."
+    if hasattr(layer, "new_cache"):
+        return layer.new_cache(batch_size, max_len, **options)
+    _, g, d = layout = layer.layout
+    return KVCache(batch_size, g, max_len, getattr(layer, "key_dim", d), value_dim=layout.value_dim,
+                   **options, device=like.device, dtype=like.dtype)
+
 
 # %% ../../nbs/22a_language_model.ipynb #convert-llama
 def convert_llama(

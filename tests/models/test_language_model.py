@@ -36,6 +36,9 @@ from mha_book.models.language_model import (
     stream_text,
 )
 from mha_book.plugs.logits import SinkAttention
+from mha_book.variants.collaborative_heads import CollaborativeHeads
+from mha_book.variants.composed_heads import ComposedHeads
+from mha_book.variants.differential import DifferentialHeads
 
 settings.register_profile("book", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("book")
@@ -331,6 +334,26 @@ def test_a_text_beyond_the_trained_length_is_refused():
         model.new_cache(1, 41)
     cache = model.new_cache(1, 50, window=30)  # what rolls goes on
     assert model(tokens(1, 45), cache=cache).shape == (1, 45, 23)
+
+
+OWN_KEYS = {
+    "composed": lambda: ComposedHeads(TINY.embed_dim, TINY.num_heads, head_dim=TINY.head_dim, bias=False),
+    "collaborative": lambda: CollaborativeHeads(TINY.embed_dim, TINY.num_heads, 5, value_dim=TINY.head_dim),
+    "paired": lambda: DifferentialHeads(TINY.embed_dim, TINY.num_heads, head_dim=TINY.head_dim, bias=False),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_KEYS)
+def test_a_layer_whose_keys_are_no_heads_gets_the_cache_that_they_need(kind):
+    torch.manual_seed(0)
+    model, ids = model_of(), tokens(2, 9)
+    model.layers[1].attention = OWN_KEYS[kind]().double()
+    for p in model.layers[1].attention.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    cache = model.new_cache(2, 9)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in ids.split([4, 1, 3, 1], 1)]
+        close(torch.cat(parts, 1), model(ids))
 
 
 def test_caches_are_one_a_layer():
