@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mha_book.bench import ablations, cli, contests, ending, files, subjects, trials
+from mha_book.bench import ablations, by_steps, cli, contests, ending, files, subjects, trials
 from mha_book.bench.ablations import read_ablations
 from mha_book.bench.cli import main
 from mha_book.bench.measured import read_measurement
@@ -244,7 +244,7 @@ def test_as_a_program_it_leaves_no_traceback_and_no_message_of_the_interpreter(t
 
 
 def test_ctrl_c_before_anything_runs_is_one_line_too(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "pick_device", lambda name: sends(signal.SIGINT)())
+    monkeypatch.setattr(by_steps, "pick_device", lambda name: sends(signal.SIGINT)())
     assert main(["bench", "--quick"]) == 130
     assert capsys.readouterr().err == "mha-book: stopped by Ctrl-C\n"
 
