@@ -16,7 +16,7 @@ import torch
 from ..instruments.device import benchmark
 from .climber import short
 from .measured import Origin, Row, Table, provenance, read_file
-from .mixing_kinds import KINDS, PLACED, PLAIN
+from .mixing_kinds import CONTROLS, KINDS, PLACED, PLAIN
 from .mixing_sizes import RATES
 from .mixing_tasks import HEADS, TASKS
 from .stepwise import run_steps, taken_up
@@ -102,7 +102,7 @@ def _rising(rates: list[float]) -> bool:
 
 def _check_run(run: Training, file: Mixing, where: str) -> None:
     "ValueError for numbers that no training could have."
-    if run.task not in TASKS or run.kind not in KINDS:
+    if run.task not in TASKS or run.kind not in KINDS | CONTROLS:
         raise ValueError(f"{where}: there is no task {shorter(run.task)}, or no kind {shorter(run.kind)}")
     if run.rate not in file.rates[run.task] or not file.seed <= run.seed <= file.tuned_with:
         raise ValueError(f"{where}: rate {run.rate} or seed {run.seed} is none of the file's")
@@ -139,7 +139,7 @@ def contestants(task: str) -> list[tuple[str, int]]:  # kind, heads
     "Who learns a task."
     if task == "shifts":
         return [(kind, HEADS) for kind in KINDS if kind != PLACED] + [(PLAIN, h) for h in MORE_HEADS]
-    return [(kind, HEADS) for kind in KINDS]
+    return [(kind, HEADS) for kind in KINDS | CONTROLS]
 
 
 def run_mixing(

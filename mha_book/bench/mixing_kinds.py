@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..heads.layer import MultiHeadAttention
 from ..variants.collaborative_heads import CollaborativeHeads
@@ -58,6 +59,29 @@ def _twice(sizes: Sizes, index: int) -> nn.Module:
     return MultiHeadAttention(**sizes | dict(num_heads=2 * h), num_kv_heads=h, bias=False)
 
 
+class _Pairs(nn.Module):
+    "Of 2h heads side by side: head 2i, and a factor for each pair times head 2i + 1, taken off or added."
+
+    def __init__(self, num_heads: int, sign: int):
+        super().__init__()
+        self.logits, self.sign = nn.Parameter(torch.zeros(num_heads)), sign
+
+    def forward(self, heads: Tensor, x: Tensor) -> Tensor:
+        first, second = heads.unflatten(-1, (len(self.logits), 2, -1)).unbind(-2)
+        return (first + self.sign * torch.sigmoid(self.logits)[:, None] * second).flatten(-2)
+
+
+def _pairs(sign: int) -> Callable[[Sizes, int], nn.Module]:
+    "A layer of pairs whose factors are the same for all tokens."
+
+    def make(sizes: Sizes, index: int) -> nn.Module:
+        layer = DifferentialHeads(**sizes, bias=False)
+        layer.finish = _Pairs(sizes["num_heads"], sign)
+        return layer
+
+    return make
+
+
 KINDS = {
     PLAIN: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes)),
     PLACED: Kind("nowhere", True, "any", lambda sizes, index: _plain(sizes), PLACED),
@@ -80,4 +104,9 @@ KINDS = {
     ),
     "differential, paired": Kind("outputs", False, "any", lambda sizes, index: DifferentialHeads(**sizes, bias=False)),
     "sigmoid weights": Kind("nowhere", False, "none", _attend(lambda sizes, index: SigmoidAttention())),
+}
+# pairs taken apart: with a factor for all tokens they are plain layers of twice the heads, whose output matrix is tied
+CONTROLS = {
+    "pairs, one factor for all tokens": Kind("outputs", True, "any", _pairs(-1)),
+    "pairs, added": Kind("outputs", True, "any", _pairs(1)),
 }

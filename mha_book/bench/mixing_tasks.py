@@ -17,7 +17,7 @@ from ..models.language_model import DecoderLayer, LanguageModelConfig
 from ..plugs.positions import LearnedPositions
 from ..plugs.rope import RoPE
 from .climber import short
-from .mixing_kinds import KINDS, PLAIN, Sizes
+from .mixing_kinds import CONTROLS, KINDS, PLAIN, Sizes
 
 NUMBERS = dict(dtype=torch.float32, device="cpu")
 
@@ -91,11 +91,12 @@ class Speaker(nn.Module):
         size |= dict(head_dim=WIDTH // HEADS)
         config = LanguageModelConfig(**size, hidden_dim=hidden, max_len=LENGTH, rope_base=1e4, eps=1e-5)
         self.word = nn.Embedding(config.vocab_size, WIDTH)
-        turned = KINDS[kind].base == PLAIN
+        kind = (KINDS | CONTROLS)[kind]
+        turned = kind.base == PLAIN
         self.places = nn.Identity() if turned else LearnedPositions(LENGTH, WIDTH)
         self.layers = nn.ModuleList(DecoderLayer(config, None, None) for _ in range(LAYERS))
         for i, layer in enumerate(self.layers):
-            layer.attention = KINDS[kind].make(sizes_of_a_layer(turned), i)
+            layer.attention = kind.make(sizes_of_a_layer(turned), i)
         self.norm = nn.RMSNorm(WIDTH, config.eps)
 
     def states(self, ids: Tensor) -> list[Tensor]:
@@ -211,7 +212,7 @@ class Shifter(nn.Module):
 
     def __init__(self, kind: str, heads: int):
         super().__init__()
-        self.attention = KINDS[kind].make(
+        self.attention = (KINDS | CONTROLS)[kind].make(
             dict(embed_dim=TOKENS, num_heads=heads, head_dim=OUT // heads, out_dim=OUT), 0
         )
 

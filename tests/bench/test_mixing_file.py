@@ -13,7 +13,7 @@ from mha_book.bench import by_steps, mixing, mixing_tasks
 from mha_book.bench.cli import main
 from mha_book.bench.measured import write_file
 from mha_book.bench.mixing import Mixing, as_mixing, contestants, read_mixing, run_mixing, show_mixing
-from mha_book.bench.mixing_kinds import KINDS, PLACED, PLAIN, TWICE
+from mha_book.bench.mixing_kinds import CONTROLS, KINDS, PLACED, PLAIN, TWICE
 from mha_book.bench.mixing_sizes import RATES
 from mha_book.bench.mixing_tasks import (
     HEADS,
@@ -55,6 +55,7 @@ def short_inputs(monkeypatch):
 def few_kinds(monkeypatch):
     for name in KINDS.keys() - {*FEW}:
         monkeypatch.delitem(KINDS, name)
+    monkeypatch.delitem(CONTROLS, "pairs, added")
 
 
 @cache
@@ -82,7 +83,7 @@ def without_times(found):
 # The models
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | CONTROLS)
 def test_every_kind_gives_every_task_what_it_asks(kind):
     x = torch.randn(3, 24, 4)
     assert Shifter(kind, HEADS)(x).shape == (3, 24, 64)
@@ -90,7 +91,7 @@ def test_every_kind_gives_every_task_what_it_asks(kind):
     assert Speaker(kind, 12)(ids).shape == (2, 9, texts()[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | CONTROLS)
 def test_no_model_of_letters_sees_the_letters_that_come(kind):
     torch.manual_seed(0)
     model = Speaker(kind, 12).double().eval()
@@ -102,7 +103,7 @@ def test_no_model_of_letters_sees_the_letters_that_come(kind):
     assert not torch.allclose(before[:, 6:], after[:, 6:], atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | CONTROLS)
 def test_no_model_has_more_parameters_than_the_plain_one(kind):
     plain, model = (count(matched_speaker(one)[0]) for one in (PLAIN, kind))
     assert plain - 3 * 64 * 2 < model <= plain, "within a channel of the gated maps"
@@ -120,6 +121,18 @@ def test_a_kind_is_no_other_and_folds_where_it_says_so():
         extra = count(served) - count(KINDS[PLAIN].make(sizes, 0))
         assert extra == 0 if kind.folds and kind is not KINDS[TWICE] else extra > 0 or kind.place == "nowhere"
         assert KINDS[kind.base].base == kind.base
+
+
+def test_pairs_with_a_factor_for_all_tokens_are_a_plain_layer_of_twice_the_heads():
+    sizes, x = dict(embed_dim=12, num_heads=4, head_dim=3, out_dim=12), torch.randn(2, 5, 12)
+    for kind, sign in zip(CONTROLS.values(), (-1, 1)):
+        layer, plain = kind.make(sizes, 0), KINDS[TWICE].make(sizes, 0)
+        torch.nn.init.normal_(layer.finish.logits)
+        plain.in_proj.load_state_dict(layer.in_proj.state_dict())
+        first = layer.out_proj.weight.detach().unflatten(1, (4, 3))
+        second = sign * torch.sigmoid(layer.finish.logits.detach())[:, None] * first
+        plain.out_proj.weight.data.copy_(torch.stack([first, second], 2).flatten(1))
+        assert torch.allclose(layer(x), plain(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["talking heads", "knocking heads"])
